@@ -1,0 +1,125 @@
+"""Configurations: trees of frozen dataclasses that are edited by path, saved as JSON and read back.
+
+A leaf is a bool, int, float, str, None or a tuple of those. `override(config, ["model.depth=4"])` checks the
+name and the type of every edit; `to_json` / `from_json` round-trip exactly.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+__all__ = ["override", "to_json", "from_json"]
+
+C = TypeVar("C")
+
+
+def override(config: C, edits: Iterable[str]) -> C:
+    """Returns `config` with edits of the form `path.to.field=value` applied.
+
+    Args:
+      config: a frozen dataclass, whose fields may be dataclasses again.
+      edits: strings such as `model.depth=4`, `data.path=/data/mnist.npz`, `tokenizer.patch_nums=1,2,4`.
+
+    Raises:
+      ValueError: an edit without `=`, an unknown field (the known ones are listed), or a value of the wrong type.
+
+    Example:
+      >>> override(Config(), ["model.depth=4"]).model.depth
+      4
+    """
+    for edit in edits:
+        path, sep, text = edit.partition("=")
+        if not sep:
+            raise ValueError(f"--set {edit!r}: expected key=value")
+        config = _replace(config, path.strip().split("."), text, path.strip())
+    return config
+
+
+def _replace(config, keys: list[str], text: str, path: str):
+    names = [f.name for f in dataclasses.fields(config)]
+    if keys[0] not in names:
+        raise ValueError(f"--set {path}: unknown key {keys[0]!r}; known: {', '.join(names)}")
+    value = getattr(config, keys[0])
+    if len(keys) > 1:
+        if not dataclasses.is_dataclass(value):
+            raise ValueError(f"--set {path}: {keys[0]!r} has no fields")
+        new = _replace(value, keys[1:], text, path)
+    elif dataclasses.is_dataclass(value):
+        inner = ", ".join(f.name for f in dataclasses.fields(value))
+        raise ValueError(f"--set {path}: {keys[0]!r} is a group; set one of its fields: {inner}")
+    else:
+        new = _parse(text.strip(), typing.get_type_hints(type(config))[keys[0]], path)
+    return dataclasses.replace(config, **{keys[0]: new})
+
+
+def _parse(text: str, kind: Any, path: str):
+    """`text` as a value of type `kind`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in args and text.lower() == "none":
+            return None
+        return _parse(text, next(a for a in args if a is not type(None)), path)
+    if origin is tuple:
+        items = [t for t in text.strip("()[] ").split(",") if t.strip()]
+        return tuple(_parse(t.strip(), args[0], path) for t in items)
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    elif kind in (int, float):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = None
+        if type(value) is int or (kind is float and type(value) is float):
+            return kind(value)
+    raise ValueError(f"--set {path}={text}: expected {getattr(kind, '__name__', kind)}")
+
+
+def to_json(config: Any) -> dict:
+    """A JSON-ready dict of `config`, with the class's import path under `"type"`."""
+    cls = type(config)
+    return {"type": f"{cls.__module__}:{cls.__qualname__}", **_plain(config)}
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_json(tree: dict) -> Any:
+    """The configuration that `to_json` wrote.
+
+    Raises:
+      ValueError: a type outside jaxgen, or fields that the class does not have (saved by another version).
+    """
+    module, _, name = str(tree.get("type", "")).partition(":")
+    if not module.startswith("jaxgen."):
+        raise ValueError(f"config type {tree.get('type')!r} is not one of jaxgen's")
+    cls = getattr(importlib.import_module(module), name, None)
+    if cls is None:
+        raise ValueError(f"config type {tree['type']!r} does not exist in this version")
+    return _build(cls, {k: v for k, v in tree.items() if k != "type"}, name)
+
+
+def _build(cls, tree: dict, path: str):
+    hints = typing.get_type_hints(cls)
+    unknown = set(tree) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"config {path}: unknown fields {sorted(unknown)} (saved by another version?)")
+    out = {}
+    for key, value in tree.items():
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            out[key] = _build(kind, value, f"{path}.{key}")
+        else:
+            out[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**out)

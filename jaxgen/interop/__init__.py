@@ -1,0 +1,1 @@
+"""Published PyTorch checkpoints in, safetensors out: file formats, name mappings, one module a layout."""

@@ -1,0 +1,105 @@
+"""Adaptive layer normalisation: the condition sets scale, shift and gate (Peebles & Xie 2023, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+__all__ = ["AdaLNHead", "Modulation", "SharedModulation", "layer_norm"]
+
+def layer_norm(x: Float[Array, "b l d"], eps: float = 1e-6) -> Float[Array, "b l d"]:
+    """(x - mean) / sqrt(var + eps) over the last axis, in float32, without parameters."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+
+
+def _scaled(init, factors):
+    """`init` times `factors`, one for each part on axis -2."""
+
+    def scaled(key, shape, dtype=jnp.float32):
+        return init(key, shape, dtype) * jnp.asarray(factors, dtype)[:, None]
+
+    return scaled
+
+
+def _six(gate: float, rest: float) -> tuple[float, ...]:
+    """Factors in the order of VAR's published checkpoints: two gates, two scales, two shifts."""
+    return (gate,) * 2 + (rest,) * 4
+
+
+class _Parts(nn.Module):
+    """A dense layer from [b, d] to [b, parts, width], with an initial scale for each part."""
+
+    width: int
+    factors: tuple[float, ...]
+    kernel_init: Any
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], len(self.factors), self.width)
+        kernel = self.param("kernel", _scaled(self.kernel_init, self.factors), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
+        return jnp.einsum("bd,dpw->bpw", x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class Modulation(nn.Module):
+    """Six vectors a block from the condition: gate 1, gate 2, scale 1, scale 2, shift 1, shift 2.
+
+    Attributes:
+      width: of the blocks.
+      gate_init: factor on the initial kernel of the gates; small, so that blocks start near the identity.
+      rest_init: factor on the initial kernel of scales and shifts.
+    """
+
+    width: int
+    kernel_init: Any = nn.initializers.xavier_uniform()
+    gate_init: float = 1e-5
+    rest_init: float = 0.5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, cond: Float[Array, "b d"]) -> Float[Array, "b 6 d"]:
+        return _Parts(self.width, _six(self.gate_init, self.rest_init), self.kernel_init, self.dtype, name="dense")(nn.silu(cond))
+
+
+class SharedModulation(nn.Module):
+    """The block's own offset to six vectors that all blocks share."""
+
+    gate_init: float = 1e-5
+    rest_init: float = 0.5
+
+    @nn.compact
+    def __call__(self, shared: Float[Array, "b 6 d"]) -> Float[Array, "b 6 d"]:
+        width = shared.shape[-1]
+        init = _scaled(nn.initializers.normal(width**-0.5), _six(self.gate_init, self.rest_init))
+        return self.param("offset", init, (6, width)) + shared
+
+
+class AdaLNHead(nn.Module):
+    """Adaptive norm and the classifier over the vocabulary, in float32.
+
+    Attributes:
+      vocab: v.
+      rest_init: factor on the initial kernel of scale and shift.
+      head_init: factor on the initial kernel of the classifier.
+    """
+
+    vocab: int
+    kernel_init: Any = nn.initializers.xavier_uniform()
+    rest_init: float = 0.5
+    head_init: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], cond: Float[Array, "b d"]) -> Float[Array, "b l v"]:
+        ada = _Parts(x.shape[-1], (self.rest_init,) * 2, self.kernel_init, name="ada")(nn.silu(cond))
+        scale, shift = jnp.split(ada, 2, axis=1)
+
+        def head_init(*args):
+            return self.kernel_init(*args) * self.head_init
+
+        return nn.Dense(self.vocab, kernel_init=head_init, name="head")(layer_norm(x) * (1 + scale) + shift)

@@ -1,0 +1,93 @@
+"""Which positions come at which step.
+
+An order partitions the positions 0..l-1 of a sequence into steps S_1..S_K; a model generates all of S_k at once, given
+S_1..S_{k-1}. Positions are numbered so that every step is a contiguous run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["Order", "raster", "scales"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Steps of a sequence.
+
+    Attributes:
+      shapes: the grid of each step: (h, w) for images, (n,) for plain runs.
+
+    Example:
+      >>> order = scales((1, 2, 4))
+      >>> order.length, order.span(1)
+      (21, (1, 5))
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self):
+        if not self.shapes or any(n < 1 for shape in self.shapes for n in shape):
+            raise ValueError(f"shapes {self.shapes}: an order needs at least one step and positive sizes")
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Positions of each step."""
+        return tuple(int(np.prod(shape)) for shape in self.shapes)
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """One past the last position of each step."""
+        return tuple(np.cumsum(self.sizes).tolist())
+
+    @property
+    def steps(self) -> int:
+        """K."""
+        return len(self.shapes)
+
+    @property
+    def length(self) -> int:
+        """l, all positions."""
+        return self.ends[-1]
+
+    def span(self, step: int) -> tuple[int, int]:
+        """(start, end) of a step's positions."""
+        return self.ends[step] - self.sizes[step], self.ends[step]
+
+    @functools.cached_property
+    def step_of(self) -> np.ndarray:
+        """int32 [l], the step of each position."""
+        return np.repeat(np.arange(self.steps, dtype=np.int32), self.sizes)
+
+    def split(self, x, axis: int = 1) -> list:
+        """`x` cut along `axis` into one array a step."""
+        if x.shape[axis] != self.length:
+            raise ValueError(f"axis {axis} of {x.shape} has {x.shape[axis]} positions; the order has {self.length}")
+        index = [slice(None)] * x.ndim
+        out = []
+        for step in range(self.steps):
+            index[axis] = slice(*self.span(step))
+            out.append(x[tuple(index)])
+        return out
+
+
+def raster(length: int) -> Order:
+    """One position a step: next-token prediction."""
+    return Order(((1,),) * length)
+
+
+def scales(patch_nums: Sequence[int | tuple[int, int]]) -> Order:
+    """Next-scale order: step k is a whole token map of size `patch_nums[k]`, coarse to fine (Tian et al. 2024, eq. 4).
+
+    Raises:
+      ValueError: an empty list, or sizes that are not positive and non-decreasing.
+    """
+    shapes = tuple((int(p), int(p)) if np.ndim(p) == 0 else (int(p[0]), int(p[1])) for p in patch_nums)
+    order = Order(shapes)
+    if any(b[0] < a[0] or b[1] < a[1] for a, b in zip(shapes, shapes[1:])):
+        raise ValueError(f"patch_nums {tuple(patch_nums)} must not decrease")
+    return order

@@ -1,0 +1,85 @@
+"""A recipe: stages to train in order, and a sampler. What `configs/` builds and `scripts/` run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optax
+
+from jaxgen import config as config_lib
+
+__all__ = ["Stage", "Recipe"]
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """One training run: a loss over a data source.
+
+    Every function is pure and traceable except `data` and `eval_data`.
+
+    Attributes:
+      name: names the stage's checkpoints and its rows in `metrics.jsonl`.
+      steps: optimizer updates.
+      init: `(key, frozen) -> (params, state)`. `params` receive gradients; `state` is any other pytree that changes
+        while training (codebook statistics, ...), `()` if there is none.
+      loss: `(params, state, batch, key, step, frozen) -> (scalar, (metrics, state))`, with float32 scalars in `metrics`.
+      optimizer: an optax transformation over `params` (clipping, schedule and weight decay included).
+      data: `(shard_index, shard_count) -> grain.IterDataset` of this host's training batches (dicts of numpy arrays),
+        endless, deterministic, checkpointable.
+      needs: earlier stages whose parameters reach this one as `frozen[name]` (EMA weights where they were kept).
+      after_update: `(params, state, key, step) -> (params, state)`, run inside the jitted step after each update; for what is
+        not a gradient step, such as reviving dead codes.
+      eval_data: like `data`, but one pass over held-out examples; `None` if there are none.
+      eval_loss: `(params, state, batch, key, frozen) -> metrics`, averaged over `eval_data`; the entry `"loss"` picks
+        the best checkpoint.
+      ema: decay of the exponential moving average of `params`; 0 keeps none.
+      accumulate: micro-batches per update; the batch is split on its first axis.
+      rules: sharding table, `(path regex, PartitionSpec)` pairs, first match wins; parameters that match none are replicated.
+    """
+
+    name: str
+    steps: int
+    init: Callable[..., tuple[PyTree, PyTree]]
+    loss: Callable[..., tuple[Any, tuple[dict, PyTree]]]
+    optimizer: optax.GradientTransformation
+    data: Callable[[int, int], Any]
+    needs: tuple[str, ...] = ()
+    after_update: Callable[..., tuple[PyTree, PyTree]] | None = None
+    eval_data: Callable[[int, int], Any] | None = None
+    eval_loss: Callable[..., dict] | None = None
+    ema: float = 0.0
+    accumulate: int = 1
+    rules: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Recipe:
+    """A system, ready to train and to sample.
+
+    Attributes:
+      config: the frozen dataclass that everything below was built from. It has a method `recipe() -> Recipe`, and
+        `resolve() -> config`, which fills what only the data can tell (the number of classes).
+      stages: trained in this order.
+      sample: `(params, key, labels, **options) -> dict` of arrays, where `params` maps stage names to parameters; at least
+        `"images"` [b, H, W, C] in [-1, 1] for image systems. Compiled once for a batch size.
+    """
+
+    config: Any
+    stages: tuple[Stage, ...]
+    sample: Callable[..., dict]
+
+    def override(self, edits: Iterable[str]) -> Recipe:
+        """The recipe with `path.to.field=value` edits applied to its configuration (see `jaxgen.config.override`)."""
+        edits = list(edits)
+        return config_lib.override(self.config, edits).recipe() if edits else self
+
+    def stage(self, name: str) -> Stage:
+        """The stage called `name`."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"no stage {name!r}; this recipe has {[s.name for s in self.stages]}")
