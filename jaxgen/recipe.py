@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optax
 
 from jaxgen import config as config_lib
 
-__all__ = ["Stage", "Recipe"]
+__all__ = ["Recipe", "Stage", "modules"]
 
 PyTree = Any
 
@@ -24,7 +24,7 @@ class Stage:
     Attributes:
       name: names the stage's checkpoints and its rows in `metrics.jsonl`.
       steps: optimizer updates.
-      init: `(key, frozen) -> (params, state)`. `params` receive gradients; `state` is any other pytree that changes
+      init: `(key, frozen) -> (params, state)`. `params`, a dict from module names to variables, receive gradients; `state` is any other pytree that changes
         while training (codebook statistics, ...), `()` if there is none.
       loss: `(params, state, batch, key, step, frozen) -> (scalar, (metrics, state))`, with float32 scalars in `metrics`.
       optimizer: an optax transformation over `params` (clipping, schedule and weight decay included).
@@ -83,3 +83,8 @@ class Recipe:
             if stage.name == name:
                 return stage
         raise ValueError(f"no stage {name!r}; this recipe has {[s.name for s in self.stages]}")
+
+
+def modules(stages: Mapping[str, Mapping[str, PyTree]]) -> dict[str, PyTree]:
+    """Variables by module, from parameters by stage (`frozen` in a stage's functions, `params` of a sampler)."""
+    return {name: variables for stage in stages.values() for name, variables in stage.items()}

@@ -3,6 +3,7 @@
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.guidance import Guided, guide, scale_ramp
 from jaxgen.decoding.next_scale import Known, Settings, sample_scales
+from jaxgen.decoding.next_token import sample_tokens
 from jaxgen.decoding.noise import gumbel
 from jaxgen.decoding.step import Out, StepFn, View
 from jaxgen.decoding.transforms import check_settings, truncate
@@ -19,6 +20,7 @@ __all__ = [
     "guide",
     "gumbel",
     "sample_scales",
+    "sample_tokens",
     "scale_ramp",
     "truncate",
 ]

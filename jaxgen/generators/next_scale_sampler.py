@@ -16,7 +16,7 @@ from jaxgen.orders import Order
 from jaxgen.resample import resize
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer
 
-__all__ = ["NextScaleSampler", "keep_tokens"]
+__all__ = ["NextScaleSampler", "box_mask", "check_labels", "keep_tokens"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,3 +140,21 @@ def keep_tokens(order: Order, mask: Bool[Array, "*b h w"], *, batch: int) -> Boo
         cells = resize(mask, (h, w), "bilinear").reshape(batch, h * w) > 0.5
         keep.append(cells | (h * w <= 3))
     return jnp.concatenate(keep, axis=1)
+
+
+def box_mask(box: tuple[float, float, float, float], *, outpaint: bool = False, size: int = 64) -> Bool[np.ndarray, "h w"]:
+    """The mask for `keep_tokens` that frees a box, or with `outpaint` keeps just the box.
+
+    Args:
+      box: top, left, bottom, right as shares of the picture.
+      size: resolution of the mask.
+
+    Raises:
+      ValueError: a box that is empty or reaches outside the picture.
+    """
+    top, left, bottom, right = box if len(box) == 4 else (0, 0, 0, 0)
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise ValueError(f"box={tuple(box)}: expected 0 <= top < bottom <= 1 and 0 <= left < right <= 1")
+    inside = np.zeros((size, size), bool)
+    inside[round(top * size) : round(bottom * size), round(left * size) : round(right * size)] = True
+    return inside if outpaint else ~inside

@@ -114,7 +114,10 @@ def write_safetensors(
     contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777
         safetensors.numpy.save_file(contiguous, temporary, metadata=metadata)
+        os.chmod(temporary, mode)  # what a new file gets here; newer versions of the library make it private
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

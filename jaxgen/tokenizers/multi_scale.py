@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgen.orders import Order, scales
 from jaxgen.quantizers.multi_scale import MultiScaleQuantizer, Quantized
 from jaxgen.tokenizers.conv import ConvDecoder, ConvEncoder
 
@@ -86,11 +87,15 @@ class MultiScaleTokenizer(nn.Module):
         self.post_quant_conv = nn.Conv(self.width, (3, 3))
 
     @property
+    def order(self) -> Order:
+        """The scales."""
+        return scales(self.patch_nums)
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the images."""
         factor = 2 ** (len(self.ch_mult) - 1)
-        last = self.patch_nums[-1]
-        h, w = (last, last) if isinstance(last, int) else last
+        h, w = self.order.shapes[-1]
         return h * factor, w * factor
 
     def features(self, images: Float[Array, "b H W C"], train: bool = False) -> Float[Array, "b h w c"]:

@@ -1,0 +1,1 @@
+"""One file a system: `get_config(variant) -> Recipe`, and the system's claim."""

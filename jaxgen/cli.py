@@ -1,0 +1,94 @@
+"""What the scripts share: loading a recipe from a file or a work directory, and turning errors into exit codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from jaxgen import config as config_lib
+from jaxgen.recipe import Recipe
+from jaxgen.train import Interrupted, NonFiniteError, load_params
+
+__all__ = ["comma_separated", "load_config_file", "open_workdir", "run"]
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a script: user errors become one line and exit code 2, an interruption that was saved 130 or 143.
+
+    `JAXGEN_TRACEBACK=1` shows the whole traceback instead.
+    """
+    try:
+        code = main() or 0
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        code = stop.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except (ValueError, OSError, NonFiniteError) as error:
+        if os.environ.get("JAXGEN_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def load_config_file(path: str) -> ModuleType:
+    """The module of a configuration file, which has a function `get_config(variant) -> Recipe`.
+
+    Raises:
+      ValueError: there is no such file, or it has no `get_config`.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"configs.{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config {path}: has no function get_config")
+    return module
+
+
+def open_workdir(
+    workdir: str | Path, *, edits: Sequence[str] = (), step: int | str | None = None
+) -> tuple[Recipe, dict[str, dict]]:
+    """The recipe that was trained in `workdir`, and the parameters of its stages (averaged ones where they were kept).
+
+    Args:
+      workdir: of `scripts/train.py` or `scripts/convert.py`.
+      edits: changes to the configuration, such as another `data.path`.
+      step: which checkpoint of each stage; None is the latest, "best" the one with the lowest evaluation loss.
+
+    Raises:
+      ValueError: not a work directory, or a stage without a checkpoint.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--workdir {workdir}: no config.json there; train or convert into it first")
+    try:
+        tree = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    recipe = config_lib.from_json(tree).recipe().override(edits)
+    return recipe, {stage.name: load_params(workdir, stage.name, step)[0] for stage in recipe.stages}
+
+
+def comma_separated(text: str, flag: str, kind=int) -> list:
+    """`"0,1,2"` as a list.
+
+    Raises:
+      ValueError: naming the flag and the entry that is not a `kind`.
+    """
+    out = []
+    for item in filter(None, text.split(",")):
+        try:
+            out.append(kind(item))
+        except ValueError:
+            raise ValueError(f"{flag} {text}: {item!r} is not {kind.__name__}") from None
+    if not out:
+        raise ValueError(f"{flag} {text!r}: empty")
+    return out

@@ -1,0 +1,26 @@
+"""Images for training: sources, transforms and batches.
+
+`batches(make_source(config, "train"), config, batch_size=..., train=True)` is all that most callers need.
+"""
+
+from jaxgen.data.folder import FileSource, folder
+from jaxgen.data.loader import DataConfig, batches, info, make_source
+from jaxgen.data.sources import ArraySource, EncodedSource, Source, digits, npz
+from jaxgen.data.transforms import Preprocess, pixels, to_uint8
+
+__all__ = [
+    "ArraySource",
+    "DataConfig",
+    "EncodedSource",
+    "FileSource",
+    "Preprocess",
+    "Source",
+    "batches",
+    "digits",
+    "folder",
+    "info",
+    "make_source",
+    "npz",
+    "pixels",
+    "to_uint8",
+]

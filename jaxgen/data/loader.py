@@ -1,0 +1,280 @@
+"""From a data configuration to batches: which data, in which order, on which host."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxgen.data.folder import folder, leave_out_unreadable
+from jaxgen.data.sources import ArraySource, EncodedSource, Example, Source, check_split, digits, npz
+from jaxgen.data.transforms import Preprocess
+
+__all__ = ["DataConfig", "batches", "info", "make_source"]
+
+# One thread feeds a device that computes; the second hides the wait for a disk. More only contend for Python's lock.
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they become examples.
+
+    Attributes:
+      path: "digits" for scikit-learn's handwritten digits, an `.npz` file (see `sources.npz`), or a folder of images
+        (see `folder.folder`; one that is called digits is "./digits").
+      image_size: side of the squares that a model sees; 0 keeps images as they are, which must then have one size.
+      channels: 1 or 3; images are converted.
+      flip: mirror half of the training images.
+      mid_scale: the shorter side is resized to round(mid_scale * image_size) before the crop, which is random in
+        training and central otherwise. VAR was trained with 1.125.
+      skip_bad: leave out images that cannot be decoded; otherwise the first one met is an error.
+      seed: of order, crops and flips.
+      workers: processes that make batches; 0 makes them in this process. The batches are the same.
+
+    Raises:
+      ValueError: a field out of range.
+    """
+
+    path: str = "digits"
+    image_size: int = 0
+    channels: int = 3
+    flip: bool = False
+    mid_scale: float = 1.0
+    skip_bad: bool = False
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self):
+        def check(field: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"data.{field}={getattr(self, field)!r}: must be {expected}")
+
+        check("path", isinstance(self.path, str) and bool(self.path), "a path or 'digits'")
+        for field in ("image_size", "seed", "workers"):
+            check(field, _is_int(getattr(self, field)) and getattr(self, field) >= 0, "an integer >= 0")
+        check("channels", _is_int(self.channels) and self.channels in (1, 3), "1 or 3")
+        for field in ("flip", "skip_bad"):
+            check(field, isinstance(getattr(self, field), bool), "true or false")
+        scale = self.mid_scale
+        check("mid_scale", isinstance(scale, int | float) and math.isfinite(scale) and scale >= 1, "a number >= 1")
+        check("mid_scale", self.image_size > 0 or scale == 1, "1 without data.image_size")
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def make_source(config: DataConfig, split: str) -> Source:
+    """The images that `config.path` names.
+
+    Args:
+      config: `path` and `skip_bad` are used.
+      split: "train" or "test". Data without a test part has some of each class held out, the same ones in every run.
+
+    Raises:
+      ValueError: an unknown split, nothing at the path, or data that cannot be used (see `npz` and `folder`).
+
+    Example:
+      >>> len(make_source(DataConfig(path="digits"), "train"))
+      1498
+    """
+    check_split(split)
+    path = config.path
+    if path == "digits":
+        return digits(split)
+    if os.path.isdir(path):
+        source = folder(path, split)
+        return leave_out_unreadable(source) if config.skip_bad else source
+    if not os.path.exists(path):
+        raise ValueError(f"data.path={path!r}: no such file or folder")
+    if not path.lower().endswith(".npz"):
+        raise ValueError(f"data.path={path!r}: neither an .npz file nor a folder")
+    stat = os.stat(path)
+    return _npz(path, split, config.skip_bad, (stat.st_mtime_ns, stat.st_size))
+
+
+# A run opens its data once for each stage; they share one copy while the file stays as it is.
+@functools.lru_cache(maxsize=2)
+def _npz(path: str, split: str, skip_bad: bool, stamp: tuple[int, int]) -> ArraySource | EncodedSource:
+    source = npz(path, split)
+    return leave_out_unreadable(source) if skip_bad and isinstance(source, EncodedSource) else source
+
+
+def info(config: DataConfig) -> dict[str, Any]:
+    """What a model must know of its data.
+
+    Returns:
+      `num_classes`, `class_names` (a tuple or None), `image_shape` (H, W, C) as in a batch, and the numbers of images
+      `n_train` and `n_test`.
+
+    Raises:
+      ValueError: as `make_source`.
+    """
+    train, test = make_source(config, "train"), make_source(config, "test")
+    size = (config.image_size,) * 2 if config.image_size else train[0]["image"].shape[:2]
+    return {
+        "num_classes": train.num_classes,
+        "class_names": train.class_names,
+        "image_shape": (*size, config.channels),
+        "n_train": len(train),
+        "n_test": len(test),
+    }
+
+
+def batches(
+    source: Source,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    train: bool,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> grain.IterDataset:
+    """One host's share of the batches {"image": uint8 [b, H, W, C], "label": int32 [b]}.
+
+    Training goes on for ever: one random order after another, cut into global batches, of which each host gets every
+    `shard_count`-th example. So the global batches, crops and flips included, are the same for any number of hosts.
+
+    Otherwise there is one pass, in one random order, so that the first few batches are a fair sample; the last batch
+    may be smaller. Several hosts must make equally many batches of equal sizes: if `shard_count` does not divide the
+    number of examples, the order starts again, and at most shard_count - 1 examples come twice.
+
+    Iterators have grain's `get_state` and `set_state` (a JSON-ready dict that does not depend on `config.workers`), and
+    so can be saved with `grain.checkpoint.CheckpointSave`; they continue exactly. `close` ends their threads or
+    processes.
+
+    Args:
+      source: the images.
+      config: all but `path` and `skip_bad` are used.
+      batch_size: global; a host's batches have `batch_size // shard_count` examples.
+      train: endless and augmented, or one pass without augmentation.
+      shard_index: this host's number.
+      shard_count: number of hosts.
+
+    Raises:
+      ValueError: a batch size that `shard_count` does not divide, a shard index out of range, no examples; while
+        iterating, an image that cannot be decoded, or, without `config.image_size`, one of another size than the first.
+
+    Example:
+      >>> config = DataConfig(path="digits", channels=1)
+      >>> it = iter(batches(make_source(config, "train"), config, batch_size=8, train=True))
+      >>> next(it)["image"].shape
+      (8, 8, 8, 1)
+    """
+    n = len(source)
+    if n == 0:
+        raise ValueError("the source has no images")
+    if shard_count < 1 or not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index={shard_index}: must be in [0, shard_count={shard_count})")
+    if batch_size < 1 or batch_size % shard_count:
+        raise ValueError(f"batch_size={batch_size}: must be a positive multiple of the {shard_count} hosts")
+
+    order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(config.seed).generate_state(2))
+    ds = grain.MapDataset.source(source if config.image_size else _OneSize(source)).shuffle(seed=order_seed)
+    if train:
+        ds = ds.repeat()
+    elif n % shard_count:
+        padded = n + -n % shard_count
+        ds = ds.repeat(math.ceil(padded / n), reseed_each_epoch=False)[:padded]
+    fields = ("channels", "image_size", "mid_scale", "flip")
+    preprocess = Preprocess(train=train, **{field: getattr(config, field) for field in fields})
+    ds = ds.random_map(preprocess, seed=transform_seed) if preprocess.random else ds.map(preprocess)
+    # After the random transforms: their numbers come from the place in the global order.
+    ds = ds[shard_index::shard_count]
+    ds = ds.batch(batch_size // shard_count, drop_remainder=train, batch_fn=_stack)
+    return _WorkerBatches(ds, config.workers) if config.workers else ds.to_iter_dataset(READ)
+
+
+def _stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    return {
+        "image": np.stack([e["image"] for e in examples]),
+        "label": np.array([e["label"] for e in examples], np.int32),
+    }
+
+
+class _OneSize:
+    """A source that says which image has another size than the first."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._size = source[0]["image"].shape[:2]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        size = example["image"].shape[:2]
+        if size != self._size:
+            first, name = self._source.name(0), self._source.name(index)
+            raise ValueError(f"{name}: size {size} differs from {self._size} of {first}; set data.image_size")
+        return example
+
+
+class _WorkerBatches(grain.IterDataset):
+    """Batches made by processes, in order.
+
+    Grain's own iterator over processes has a state for each of them; this one counts batches, so that a checkpoint
+    restores with another number of workers, or none.
+    """
+
+    def __init__(self, parent: grain.MapDataset, workers: int):
+        super().__init__(parent)
+        self._workers = workers
+
+    def __iter__(self) -> _WorkerIterator:
+        return _WorkerIterator(self._parent, self._workers)
+
+
+# grain 0.2.18 asks for this flag's value even in programs that never parse absl flags, and fails (google/grain#1355).
+PROFILING_FLAG = "grain_enable_multiprocess_worker_profiling"
+
+
+def _give_default(flag: str) -> None:
+    """Lets an absl flag that has not been parsed be read as its default."""
+    if flag in flags.FLAGS and not flags.FLAGS.is_parsed():
+        flags.FLAGS[flag].present = 1
+
+
+class _WorkerIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.MapDataset, workers: int):
+        super().__init__()
+        self._map_parent, self._workers = parent, workers
+        self._next, self._reader = 0, None
+
+    def start_prefetch(self) -> None:
+        if self._reader is None:
+            _give_default(PROFILING_FLAG)
+            ds = self._map_parent[self._next :].to_iter_dataset(READ)
+            self._reader = iter(ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers)))
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self._assert_not_closed()
+        self.start_prefetch()
+        batch = next(self._reader)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._stop()
+        self._next = state["next_index"]
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None

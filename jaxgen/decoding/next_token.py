@@ -1,0 +1,57 @@
+"""Sampling one token after another: one model call a token, the loop compiled once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from jaxgen.decoding.guidance import Guided, guide
+from jaxgen.decoding.next_scale import Settings
+from jaxgen.decoding.noise import gumbel
+from jaxgen.decoding.step import StepFn, View
+from jaxgen.decoding.transforms import truncate
+
+__all__ = ["sample_tokens"]
+
+
+def sample_tokens(
+    step: StepFn,
+    *,
+    params: Any,
+    cache: Any,
+    cond: Any,
+    batch: int,
+    length: int,
+    key: Key[Array, ""],
+    settings: Settings = Settings(),
+) -> Int[Array, "b l"]:
+    """Samples `length` tokens a row.
+
+    Args:
+      step: the model, unguided, reading the token before each position; its cache has 2b rows.
+      params: passed to `step`.
+      cache: empty, with room for `length` positions.
+      cond: the model's condition, rows [2b]: conditional then unconditional.
+      batch: b.
+      length: l.
+      key: row i's noise depends on the key, i and the position only.
+      settings: `cfg` is the constant weight t in (1 + t) conditional - t unconditional.
+    """
+    guided, rows = guide(step), jnp.arange(batch)
+    cache = dataclasses.replace(cache, length=jnp.int32(cache.length))
+
+    def one(i, carry):
+        tokens, cache = carry
+        before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(i - 1, 0), 1, axis=1)
+        pos = i[None]
+        out, cache = guided(params, cache, View(before, pos), Guided(cond, settings.cfg))
+        logits = truncate(out.params, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
+        ids = jnp.argmax(logits + gumbel(key, rows, pos, logits.shape[-1]), axis=-1).astype(jnp.int32)
+        return jax.lax.dynamic_update_slice_in_dim(tokens, ids, i, axis=1), cache.commit(1)
+
+    tokens, _ = jax.lax.fori_loop(0, length, one, (jnp.zeros((batch, length), jnp.int32), cache))
+    return tokens

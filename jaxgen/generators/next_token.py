@@ -1,0 +1,97 @@
+"""A class-conditional next-token transformer on the blocks of the next-scale one: the baseline that it is measured against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxgen import masks
+from jaxgen.decoding.cache import KVCache
+from jaxgen.decoding.step import Out, View
+from jaxgen.nn.adaln import AdaLNHead
+from jaxgen.nn.transformer import AdaLNTransformer
+from jaxgen.orders import raster
+
+__all__ = ["NextTokenTransformer"]
+
+
+class NextTokenTransformer(nn.Module):
+    """Class label and the tokens so far -> logits of the next token.
+
+    Attributes:
+      vocab: v.
+      num_classes: classes; the label `num_classes` means unconditional.
+      length: l, tokens of a sample.
+      width, heads, depth, mlp_ratio, l2_norm, drop_path_rate, gate_init, rest_init, scan_layers, remat, dtype: see
+        `AdaLNTransformer`.
+      head_init: factor on the initial classifier.
+    """
+
+    vocab: int
+    num_classes: int
+    length: int
+    width: int
+    heads: int
+    depth: int
+    mlp_ratio: float = 4.0
+    l2_norm: bool = True
+    drop_path_rate: float = 0.0
+    gate_init: float = 1e-3
+    rest_init: float = 0.5
+    head_init: float = 0.02
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        std = (1 / (3 * self.width)) ** 0.5
+        init = nn.initializers.normal(std)
+        self.token_embed = nn.Embed(self.vocab, self.width, embedding_init=init)
+        self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
+        self.position = self.param("position", init, (self.length, self.width))
+        self.transformer = AdaLNTransformer(
+            width=self.width,
+            heads=self.heads,
+            depth=self.depth,
+            mlp_ratio=self.mlp_ratio,
+            l2_norm=self.l2_norm,
+            gate_init=self.gate_init,
+            rest_init=self.rest_init,
+            init_std=std,
+            drop_path_rate=self.drop_path_rate,
+            mask=masks.block_causal(raster(self.length)),
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            dtype=self.dtype,
+        )
+        self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
+
+    def __call__(
+        self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False
+    ) -> Float[Array, "b l v"]:
+        """Teacher-forced float32 logits: position i is predicted from the class and tokens < i."""
+        cond = self.class_embed(labels)
+        x = jnp.concatenate([cond[:, None], self.token_embed(tokens[:, :-1])], axis=1) + self.position
+        x, _ = self.transformer(x, cond, train=train)
+        return self.head(x, cond)
+
+    def step(self, cache: KVCache, view: View, labels: Int[Array, "b"]) -> tuple[Out, KVCache]:
+        """The seam of `jaxgen.decoding`: `view.tokens` [b, q] are the tokens *before* `view.pos`, not read at position 0."""
+        cond = self.class_embed(labels)
+        before = jnp.where(jnp.asarray(view.pos)[..., None] == 0, cond[:, None], self.token_embed(view.tokens))
+        x, cache = self.transformer(before + self.position[view.pos], cond, cache, view.mask)
+        return Out(self.head(x, cond), x), cache
+
+    def init_cache(self, batch: int) -> KVCache:
+        """An empty cache with room for a sample."""
+        return KVCache.zeros(
+            layers=self.depth,
+            batch=batch,
+            capacity=self.length,
+            heads=self.heads,
+            head_size=self.width // self.heads,
+            dtype=self.dtype,
+        )

@@ -1,0 +1,163 @@
+"""Measures of a trained image system: reconstruction by its tokenizer, and samples against real images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen import metrics
+from jaxgen.data import DataConfig, batches, make_source, pixels
+from jaxgen.nn.classifier import Classifier
+from jaxgen.recipe import modules
+
+__all__ = ["evaluate_images", "held_out", "measure_reconstruction", "measure_samples", "real_features", "sample_many"]
+
+
+def held_out(data: DataConfig, *, batch_size: int, limit: int, split: str = "test") -> Iterator[dict[str, np.ndarray]]:
+    """Batches of the first `limit` examples of a split, in a fixed order; the last one may be smaller."""
+    source = make_source(data, split)
+    left = min(limit, len(source))
+    for batch in batches(source, data, batch_size=batch_size, train=False):
+        take = min(left, len(batch["label"]))
+        if take:
+            yield {name: values[:take] for name, values in batch.items()}
+        left -= take
+        if not left:
+            return
+
+
+def measure_reconstruction(tokenizer, variables, data: DataConfig, *, batch_size: int = 64, limit: int = 10_000) -> dict:
+    """PSNR in dB, SSIM and codebook use on held-out images.
+
+    Args:
+      tokenizer: a module with methods `encode` and `decode`, and the field `vocab`.
+      variables: its parameters.
+      data: whose test split is encoded and decoded.
+    """
+
+    @jax.jit
+    def one(variables, images):
+        tokens = tokenizer.apply(variables, images, method="encode")
+        output = tokenizer.apply(variables, tokens, method="decode")
+        return metrics.psnr(images, output), metrics.ssim(images, output), tokens
+
+    psnrs, ssims, counts = [], [], 0
+    for batch in held_out(data, batch_size=batch_size, limit=limit):
+        psnr, ssim, tokens = one(variables, pixels(batch["image"]))
+        psnrs.append(np.asarray(psnr))
+        ssims.append(np.asarray(ssim))
+        counts = counts + metrics.count_tokens(tokens, tokenizer.vocab)
+    return {
+        "images": int(sum(map(len, psnrs))),
+        "psnr": float(np.concatenate(psnrs).mean()),
+        "ssim": float(np.concatenate(ssims).mean()),
+        "codebook_use": float(metrics.usage(counts)),
+        "codebook_perplexity": float(metrics.perplexity(counts)),
+    }
+
+
+def real_features(classifier, variables, data: DataConfig, *, split: str, batch_size: int = 256, limit: int = 10_000):
+    """(features [n, d], logits [n, v], labels [n]) of real images under a classifier."""
+    parts = []
+    for batch in held_out(data, batch_size=batch_size, limit=limit, split=split):
+        parts.append((*_read(classifier, variables, pixels(batch["image"])), batch["label"]))
+    return tuple(np.concatenate(column) for column in zip(*parts))
+
+
+def measure_samples(
+    classifier,
+    variables,
+    images: np.ndarray,
+    labels: np.ndarray,
+    data: DataConfig,
+    *,
+    batch_size: int = 256,
+    limit: int = 10_000,
+) -> dict:
+    """How good samples are, in the eyes of a classifier of the real images.
+
+    Args:
+      classifier: a module with `__call__` -> logits and a method `features`.
+      variables: its parameters.
+      images: samples in [-1, 1], [n, H, W, C].
+      labels: the classes that were asked for, [n].
+      data: whose training split the samples should resemble; its test split gives the classifier's accuracy on real images,
+        and the distance of real from real images that no model can be expected to beat.
+    """
+    real, _, _ = real_features(classifier, variables, data, split="train", limit=limit)
+    test, logits, truth = real_features(classifier, variables, data, split="test", limit=limit)
+    parts = [_read(classifier, variables, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    features, sampled_logits = (np.concatenate(column) for column in zip(*parts))
+    stats = metrics.FeatureStats.of(real)
+    precision, recall = metrics.precision_recall(real, features)
+    real_accuracy = metrics.class_accuracy(logits, truth)
+    accuracy = metrics.class_accuracy(sampled_logits, labels)
+    return {
+        "samples": len(images),
+        "class_accuracy": accuracy,
+        "class_accuracy_real": real_accuracy,
+        "class_accuracy_ratio": accuracy / real_accuracy,
+        "frechet": metrics.frechet_distance(stats, metrics.FeatureStats.of(features)),
+        "frechet_real": metrics.frechet_distance(stats, metrics.FeatureStats.of(test)),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def _read(classifier, variables, images) -> tuple[np.ndarray, np.ndarray]:
+    features, logits = _apply(classifier, variables, jnp.asarray(images))
+    return np.asarray(features), np.asarray(logits)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(classifier, variables, images):
+    return classifier.apply(variables, images, method="features"), classifier.apply(variables, images)
+
+
+def sample_many(recipe, params: Mapping[str, Any], key, labels: np.ndarray, *, batch_size: int, **settings) -> np.ndarray:
+    """Images [n, H, W, C] for many labels, in compiled batches; the last one is padded so that nothing is recompiled."""
+    out = []
+    for i, start in enumerate(range(0, len(labels), batch_size)):
+        chunk = np.asarray(labels[start : start + batch_size])
+        padded = np.resize(chunk, batch_size)
+        images = recipe.sample(params, jax.random.fold_in(key, i), padded, **settings)["images"]
+        out.append(np.asarray(images)[: len(chunk)])
+    return np.concatenate(out)
+
+
+def evaluate_images(recipe, params, key, *, num: int, batch_size: int, settings: dict) -> tuple[dict, np.ndarray]:
+    """Everything that can be measured of a trained image recipe.
+
+    Args:
+      recipe: of next-scale kind, with the stage "classifier" if samples are to be judged.
+      params: by stage.
+      key: for the samples.
+      num: samples, spread evenly over the classes.
+      batch_size: of sampling.
+      settings: of sampling.
+
+    Returns:
+      ({"reconstruction": ..., "generation": ...}, the samples [num, H, W, C] sorted by class).
+
+    Raises:
+      ValueError: fewer samples than classes.
+    """
+    config, variables = recipe.config, modules(params)
+    classes = config.model.num_classes
+    if num < classes:
+        raise ValueError(f"num={num}: at least one sample for each of the {classes} classes")
+    reconstruction = measure_reconstruction(config.build_tokenizer(), variables["tokenizer"], config.data)
+    labels = np.sort(np.arange(num, dtype=np.int32) % classes)
+    images = sample_many(recipe, params, key, labels, batch_size=min(batch_size, num), **settings)
+    generation = {"settings": dict(settings)}
+    if "classifier" in variables:
+        classifier = Classifier(num_classes=classes, width=config.classifier.width)
+        generation |= measure_samples(classifier, variables["classifier"], images, labels, config.data)
+    else:
+        generation["note"] = "not judged: the recipe has no classifier (classifier.steps=0)"
+    return {"reconstruction": reconstruction, "generation": generation}, images

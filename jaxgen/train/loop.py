@@ -1,0 +1,282 @@
+"""Trains the stages of a recipe in order, resumes by itself, and stops cleanly."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from jaxgen.recipe import Recipe, Stage
+from jaxgen.train.checkpoint import Checkpoints, load_params
+from jaxgen.train.interrupt import Interrupted, signals
+from jaxgen.train.log import MetricsLog, Progress
+from jaxgen.train.mesh import make_mesh, replicated, shard_batch, shardings
+from jaxgen.train.step import TrainState, abstract_state, init_state, make_step
+from jaxgen.train.workdir import save_config
+
+__all__ = ["NonFiniteError", "RunConfig", "StageResult", "evaluate", "train"]
+
+PyTree = Any
+
+# Updates in flight before their metrics are looked at: the devices never wait for the host, and a bad loss is seen soon.
+_IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How to run a training; nothing here changes what is learnt but `seed`.
+
+    Attributes:
+      seed: decides initial parameters and all random choices of the training.
+      save_every: updates between checkpoints; the end of a stage and an interruption are saved in any case.
+      keep: latest checkpoints kept of each stage, besides the best.
+      eval_every: updates between evaluations, which also happen at the end of a stage; 0 never evaluates. A checkpoint is
+        saved after an evaluation that is the best so far.
+      log_every: updates between rows in `metrics.jsonl`.
+      log_every_s: seconds between progress lines.
+      tensorboard, wandb: dashboards to write to as well.
+    """
+
+    seed: int = 0
+    save_every: int = 1000
+    keep: int = 2
+    eval_every: int = 0
+    log_every: int = 10
+    log_every_s: float = 5.0
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self):
+        for name, least in (("seed", 0), ("save_every", 1), ("keep", 1), ("eval_every", 0), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
+        if not self.log_every_s >= 0:
+            raise ValueError(f"log_every_s={self.log_every_s}: expected seconds")
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient became infinite or not a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """A trained stage.
+
+    Attributes:
+      params: its weights (the average if one is kept), on the mesh.
+      state: its other pytree.
+      step: updates done.
+      metrics: the last evaluation, or else the last update's metrics; empty if the stage was already trained.
+    """
+
+    params: PyTree
+    state: PyTree
+    step: int
+    metrics: dict[str, float]
+
+
+def train(
+    recipe: Recipe,
+    workdir: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    run: RunConfig | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, StageResult]:
+    """Trains what is not yet trained of `recipe` in `workdir`.
+
+    `workdir` receives `config.json` (the recipe's configuration), `metrics.jsonl` and `checkpoints/<stage>/`. Called again,
+    finished stages are loaded and a started one goes on where its last checkpoint left it, data included.
+
+    Args:
+      recipe: the stages.
+      workdir: the run's directory, made if missing.
+      mesh: the devices; all of them on `data` by default.
+      run: how to run.
+      log: takes each progress line.
+
+    Returns:
+      What each stage learnt, by name.
+
+    Raises:
+      ValueError: `workdir` holds a run of another configuration or seed, a checkpoint cannot be read or written, or a batch
+        does not fit the mesh.
+      NonFiniteError: a loss or gradient that is not finite; checkpoints keep the last good parameters.
+      Interrupted: SIGTERM or Ctrl-C, after the current update was finished and saved. A second one kills at once.
+    """
+    workdir, run = Path(workdir), run or RunConfig()
+    mesh = make_mesh() if mesh is None else mesh
+    say = log if jax.process_index() == 0 else lambda line: None
+    _check_stages(recipe.stages)
+    save_config(workdir, recipe.config, may_differ=("steps", *(f"{stage.name}_steps" for stage in recipe.stages)))
+    done = {}
+    with MetricsLog(workdir, tensorboard=run.tensorboard, wandb=run.wandb) as rows, signals() as stop:
+        for index, stage in enumerate(recipe.stages):
+            key = jax.random.fold_in(jax.random.key(run.seed), index)
+            frozen = {name: done[name].params for name in stage.needs}
+            with Checkpoints(workdir, stage.name, keep=run.keep, log=say) as checkpoints:
+                step = checkpoints.latest()
+                if step is not None and step >= stage.steps:
+                    say(f"{stage.name} is trained: step {step}")
+                    done[stage.name] = _load(workdir, stage, mesh, step)
+                else:
+                    training = _Training(stage, mesh, run, frozen, checkpoints, rows, stop, say)
+                    done[stage.name] = training.run(key)
+    return done
+
+
+def evaluate(stage: Stage, mesh: Mesh, params: PyTree, state: PyTree, frozen: dict, stop=lambda: False) -> dict[str, float]:
+    """Means of `stage.eval_loss` over the examples of `stage.eval_data`.
+
+    Args:
+      stage: has `eval_loss` and `eval_data`.
+      mesh, params, state, frozen: as in training.
+      stop: asked before each batch; once true, the result is empty.
+
+    Raises:
+      ValueError: there are no examples.
+    """
+    eval_step = jax.jit(stage.eval_loss)
+    key, parts = jax.random.key(0), mesh.shape["data"] * mesh.shape["fsdp"]
+    total, count = {}, 0
+    for index, batch in enumerate(stage.eval_data(jax.process_index(), jax.process_count())):
+        if stop():
+            return {}
+        size = len(jax.tree.leaves(batch)[0])
+        # The last batch may be too small to be split: every device then computes all of it.
+        whole = size % parts and jax.process_count() == 1
+        batch = jax.device_put(batch, replicated(mesh)) if whole else shard_batch(mesh, batch)
+        metrics = eval_step(params, state, batch, jax.random.fold_in(key, index), frozen)
+        total = {name: total.get(name, 0.0) + size * value for name, value in metrics.items()}
+        count += size
+    if not count:
+        raise ValueError(f"stage {stage.name!r}: eval_data has no examples")
+    return {name: float(value) / count for name, value in total.items()}
+
+
+class _Training:
+    """One stage's loop."""
+
+    def __init__(self, stage, mesh, run, frozen, checkpoints, rows, stop, say):
+        self.stage, self.mesh, self.run_config, self.frozen = stage, mesh, run, frozen
+        self.checkpoints, self.rows, self.stop, self.say = checkpoints, rows, stop, say
+        self.last: dict[str, float] = {}
+        self.in_flight: deque[tuple[int, dict]] = deque()
+
+    def run(self, key: PRNGKeyArray) -> StageResult:
+        stage, run = self.stage, self.run_config
+        data = iter(stage.data(jax.process_index(), jax.process_count()))
+        train_state = self._start(key, data)
+        step = int(train_state.step)
+        self.rows.rewind(stage.name, step)
+        best = self.checkpoints.best_loss()
+        update = None
+        metrics: dict[str, float] = {}
+        while step < stage.steps:
+            batch = shard_batch(self.mesh, self._next(data, step))
+            if update is None:
+                update = self._compile(train_state, batch)
+                self.progress = Progress(stage.name, step, stage.steps, run.log_every_s, self.say)
+            train_state, row = update(train_state, batch, self.frozen)
+            step += 1
+            self.in_flight.append((step, row))
+            self._look(_IN_FLIGHT)
+            self.checkpoints.check()
+            metrics, end = {}, step == stage.steps
+            if run.eval_every and stage.eval_data is not None and (end or step % run.eval_every == 0):
+                metrics = self._evaluate(train_state, step)
+            better = metrics.get("loss", np.inf) < best
+            if end or better or self.stop() or step % run.save_every == 0:
+                self._look(0)
+                self.checkpoints.save(step, train_state, data, metrics)
+            best = min(best, metrics.get("loss", np.inf))
+            if self.stop():
+                self.checkpoints.wait()
+                raise Interrupted(self.stop(), stage.name, step)
+        if self.checkpoints.latest() is None and not stage.steps:
+            self.checkpoints.save(step, train_state, data)
+        self.checkpoints.wait()
+        return StageResult(train_state.weights, train_state.state, step, metrics or self.last)
+
+    def _start(self, key: PRNGKeyArray, data: Any) -> TrainState:
+        """The stage's training state, new or from its last checkpoint; `data` is moved to its place."""
+        stage, step = self.stage, self.checkpoints.latest()
+        if step is None:
+            self.say(f"{stage.name} starts: {stage.steps} steps")
+            return init_state(stage, key, self.mesh, self.frozen)
+        abstract = abstract_state(stage, self.mesh, self.frozen)
+        if not self.checkpoints.has_training_state(step):
+            self.say(f"{stage.name} starts from given weights: {stage.steps} steps")
+            params, state = self.checkpoints.restore_weights(abstract, step)
+            fresh = init_state(stage, key, self.mesh, self.frozen)
+            ema = None if fresh.ema is None else jax.tree.map(lambda x: x.copy(), params)
+            return fresh.replace(params=params, state=state, ema=ema)
+        train_state = self.checkpoints.restore(abstract, data, step)
+        _, expected = jax.random.split(key)
+        if not np.array_equal(jax.random.key_data(train_state.key), jax.random.key_data(expected)):
+            raise ValueError(f"seed={self.run_config.seed} is not the one that stage {stage.name!r} was started with")
+        self.say(f"{stage.name} goes on at step {step}/{stage.steps}")
+        return train_state
+
+    def _next(self, data: Iterator, step: int) -> PyTree:
+        try:
+            return next(data)
+        except StopIteration:
+            raise ValueError(f"stage {self.stage.name!r}: data ended at step {step}; it has to repeat") from None
+
+    def _compile(self, train_state: TrainState, batch: PyTree) -> Callable:
+        size = sum(x.size for x in jax.tree.leaves(train_state.params))
+        self.say(f"{self.stage.name}: compiling the step ({size:,} parameters, mesh {dict(self.mesh.shape)})")
+        start = time.monotonic()
+        update = make_step(self.stage, self.mesh, self.frozen).lower(train_state, batch, self.frozen).compile()
+        self.say(f"{self.stage.name}: compiled in {time.monotonic() - start:.1f} s")
+        return update
+
+    def _look(self, leave: int) -> None:
+        """Waits until `leave` updates are in flight; logs the others' metrics and checks that they are finite."""
+        while len(self.in_flight) > leave:
+            step, row = self.in_flight.popleft()
+            finite = bool(row.pop("finite"))
+            due = not finite or step % self.run_config.log_every == 0 or step == self.stage.steps
+            if due:
+                self.last = {name: float(value) for name, value in row.items()}
+                self.rows.write(self.stage.name, step, self.last)
+            if not finite:
+                raise NonFiniteError(
+                    f"stage {self.stage.name!r} step {step}: loss {self.last['loss']}, gradient norm "
+                    f"{self.last['grad_norm']}; the last good checkpoint is step {self.checkpoints.latest()} in "
+                    f"{self.checkpoints.directory}"
+                )
+            self.progress.update(step, {"loss": row["loss"]})
+
+    def _evaluate(self, train_state: TrainState, step: int) -> dict[str, float]:
+        self._look(0)
+        metrics = evaluate(self.stage, self.mesh, train_state.weights, train_state.state, self.frozen, self.stop)
+        if metrics:
+            self.rows.write(self.stage.name, step, {f"eval/{name}": value for name, value in metrics.items()})
+            values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            self.say(f"{self.stage.name} {step}/{self.stage.steps}  evaluation: {values}")
+        return metrics
+
+
+def _load(workdir: Path, stage: Stage, mesh: Mesh, step: int) -> StageResult:
+    params, state = load_params(workdir, stage.name, step, shardings=lambda tree: shardings(mesh, tree, stage.rules))
+    return StageResult(params, state, step, {})
+
+
+def _check_stages(stages: tuple[Stage, ...]) -> None:
+    for index, stage in enumerate(stages):
+        before = [earlier.name for earlier in stages[:index]]
+        if stage.name in before:
+            raise ValueError(f"two stages are called {stage.name!r}")
+        for name in stage.needs:
+            if name not in before:
+                raise ValueError(f"stage {stage.name!r} needs {name!r}, which is not an earlier stage: {before}")

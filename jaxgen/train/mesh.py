@@ -1,0 +1,144 @@
+"""Meshes of devices, and where arrays live on them.
+
+Three axes: `data` (replicas), `fsdp` (the batch and the parameters are both split over it) and `tensor` (only
+parameters). A parameter's place comes from a table of path patterns, never from metadata on the parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+__all__ = ["AXES", "batch_sharding", "make_mesh", "parse_mesh", "path_name", "replicated", "shard_batch", "shardings"]
+
+AXES = ("data", "fsdp", "tensor")
+
+PyTree = Any
+
+
+def parse_mesh(spec: str) -> dict[str, int]:
+    """`"data=2,fsdp=4"` as `{"data": 2, "fsdp": 4}`.
+
+    Raises:
+      ValueError: an entry that is not `axis=size`, an unknown or repeated axis, or a size below 1.
+    """
+    sizes = {}
+    for part in spec.split(","):
+        name, sep, size = (text.strip() for text in part.partition("="))
+        if not sep or not size.isdigit() or int(size) < 1:
+            raise ValueError(f"mesh {spec!r}: {part!r} is not axis=size")
+        if name not in AXES:
+            raise ValueError(f"mesh {spec!r}: unknown axis {name!r}; known: {', '.join(AXES)}")
+        if name in sizes:
+            raise ValueError(f"mesh {spec!r}: axis {name!r} is given twice")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all of them by default) with the axes `data`, `fsdp` and `tensor`.
+
+    Args:
+      spec: sizes as `parse_mesh` reads them; axes not named have size 1. `None` puts every device on `data`.
+      devices: the devices to use.
+
+    Raises:
+      ValueError: the product of the sizes is not the number of devices, or see `parse_mesh`.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": len(devices)} if spec is None else parse_mesh(spec)
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if math.prod(shape) != len(devices):
+        raise ValueError(f"mesh {spec!r} needs {math.prod(shape)} devices, there are {len(devices)}")
+    # Auto, since Linen's modules are not written for jax's explicit axes.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as text, such as `params/blocks/attn/qkv/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def shardings(mesh: Mesh, tree: PyTree, rules: Iterable[tuple[str, P]]) -> PyTree:
+    """A `NamedSharding` for every leaf of `tree`.
+
+    Args:
+      mesh: the devices.
+      tree: anything whose leaves have a `shape`.
+      rules: `(pattern, PartitionSpec)` pairs. A pattern is searched for in the leaf's path (`re.search`), the first that is
+        found decides, and leaves that match none are replicated. An axis that the mesh lacks, or has with size 1, splits
+        nothing.
+
+    Raises:
+      ValueError: a spec with more entries than the leaf has dimensions, with an unknown axis, or with an axis that does
+        not divide its dimension; the leaf's path and shape are named.
+
+    Example:
+      >>> tree = {"dense": {"kernel": jax.ShapeDtypeStruct((4, 8), "float32")}}
+      >>> shardings(make_mesh(), tree, [("kernel$", P(None, "fsdp"))])["dense"]["kernel"].spec
+      P(None, None)
+    """
+    rules = tuple(rules)
+
+    def place(path, leaf):
+        name = path_name(path)
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
+        return NamedSharding(mesh, _fit(mesh, name, leaf.shape, spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _fit(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P) -> P:
+    """`spec` without the axes that split nothing on `mesh`, checked against `shape`."""
+    if len(spec) > len(shape):
+        raise ValueError(f"{name}: {spec} has more entries than shape {shape} has dimensions")
+    entries = []
+    for dim, entry in zip(shape, spec):
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        for axis in axes:
+            if axis not in AXES and axis not in mesh.shape:
+                raise ValueError(f"{name}: {spec} has the unknown axis {axis!r}; known: {', '.join(mesh.axis_names)}")
+        axes = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+        size = math.prod(mesh.shape[axis] for axis in axes)
+        if dim % size:
+            raise ValueError(f"{name}: shape {shape} has a dimension {dim} that {'*'.join(axes)}={size} does not divide")
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return P(*entries)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis is split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)))
+
+
+def shard_batch(mesh: Mesh, batch: PyTree) -> PyTree:
+    """This process's part of a batch, as arrays over the whole mesh.
+
+    Args:
+      mesh: the devices.
+      batch: arrays `[b, ...]` on the host, b the same in every process; the global batch has b * process_count examples.
+
+    Raises:
+      ValueError: the arrays differ in b, or the devices along `data` and `fsdp` do not divide the global batch.
+    """
+    sharding = batch_sharding(mesh)
+    sizes = {path_name(path): np.shape(x)[:1] for path, x in jax.tree_util.tree_leaves_with_path(batch)}
+    if len(set(sizes.values())) != 1 or () in sizes.values():
+        raise ValueError(f"the arrays of a batch differ in their leading axis: {sizes}")
+    size = next(iter(sizes.values()))[0] * jax.process_count()
+    parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    if size % parts:
+        raise ValueError(f"a batch of {size} examples cannot be split over data*fsdp={parts} devices")
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

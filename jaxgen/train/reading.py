@@ -1,0 +1,178 @@
+"""Finding, checking and reading what `jaxgen.train.checkpoint` wrote; every failure names the checkpoint and its reason."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from jaxgen.train.mesh import path_name
+
+__all__ = [
+    "check_files",
+    "check_fit",
+    "directory",
+    "eval_loss",
+    "find",
+    "incomplete",
+    "metadata",
+    "read_loss",
+    "readable",
+    "reason",
+    "restore_tree",
+    "steps",
+]
+
+PyTree = Any
+
+_SHOWN = 5  # parameters named in one error
+
+
+def directory(workdir: str | Path, stage: str) -> Path:
+    """Where the stage's checkpoints lie."""
+    return Path(workdir).resolve() / "checkpoints" / stage
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps with a complete checkpoint, in order."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
+
+
+def incomplete(directory: Path) -> list[Path]:
+    """What saves that never finished have left."""
+    return sorted(directory.glob("*.orbax-checkpoint-tmp*")) if directory.is_dir() else []
+
+
+def find(directory: Path, step: int | str | None) -> Path:
+    """The checkpoint of `step`, of the last step (`None`), or of the lowest evaluation loss (`"best"`)."""
+    known = steps(directory)
+    if not known:
+        left = "".join(f"; {path.name} is incomplete" for path in incomplete(directory))
+        raise ValueError(f"no checkpoint in {directory}{left}")
+    if step is None:
+        step = known[-1]
+    elif step == "best":
+        losses = [read_loss(directory / str(s)) for s in known]
+        if not np.isfinite(min(losses)):
+            raise ValueError(f"none of the checkpoints {known} in {directory} was evaluated, so none is the best")
+        step = known[int(np.argmin(losses))]
+    elif step not in known:
+        raise ValueError(f"no checkpoint of step {step!r} in {directory}; there are {known}")
+    return directory / str(step)
+
+
+def eval_loss(metrics: dict | None) -> float:
+    """The loss that ranks a checkpoint; infinite if it was not evaluated."""
+    return float((metrics or {}).get("loss", np.inf))
+
+
+def read_loss(path: Path) -> float:
+    """`eval_loss` of the checkpoint at `path`."""
+    file = path / "metrics" / "metrics"
+    with readable(path):
+        return eval_loss(json.loads(file.read_text())) if file.exists() else float("inf")
+
+
+def metadata(path: Path) -> dict[str, PyTree]:
+    """The saved tree with each array's shape and dtype; tuples and classes have become lists and dicts."""
+    with readable(path):
+        return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+
+
+def restore_tree(path: Path, wanted: PyTree) -> PyTree:
+    """The part of the saved tree that `wanted` (`ShapeDtypeStruct`s with shardings) names."""
+    check_files(path)
+    with readable(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+        return checkpointer.restore(path / "state", args=args)
+
+
+def check_fit(path: Path, wanted: dict[str, PyTree]) -> None:
+    """Compares the shapes and dtypes of the checkpoint with those of `wanted`, a dict of the trees to be restored.
+
+    Raises:
+      ValueError: naming the parameters that differ, are missing or are unknown, with both shapes.
+    """
+    saved = _table({name: tree for name, tree in metadata(path).items() if name in wanted})
+    model = _table(wanted)
+    problems = []
+    for name in sorted(saved.keys() | model.keys()):
+        here, there = model.get(name), saved.get(name)
+        if there is None:
+            problems.append(f"{name} {here} is not in the checkpoint")
+        elif here is None:
+            problems.append(f"{name} {there} is not in the model")
+        elif here != there:
+            problems.append(f"{name} is {there} in the checkpoint and {here} in the model")
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(f"checkpoint {path} does not fit the model: {'; '.join(problems[:_SHOWN])}{more}")
+
+
+def _table(tree: PyTree) -> dict[str, str]:
+    """Path -> `float32[4, 3]`."""
+    table = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        table[path_name(path)] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    return table
+
+
+def check_files(path: Path) -> None:
+    """Finds files that are missing or cut short before anything is read from them.
+
+    orbax reads all arrays at once, and when one fails the others print pages of errors from their threads; this walks
+    tensorstore's index instead, which says where the bytes of each array lie.
+
+    Raises:
+      ValueError: naming the file and, where the index is whole, the parameter.
+    """
+    state = path / "state"
+    with readable(path):
+        for file in (state / "_METADATA", *(state / "array_metadatas").glob("*")):
+            json.loads(file.read_text())
+        store = ts.KvStore.open({"driver": "file", "path": f"{state}/"}).result()
+        pending = [("its index", version["root"]["location"]) for version in ts.ocdbt.dump(store).result()["versions"]]
+        while pending:
+            name, location = pending.pop()
+            kind, folder, file, offset, length = location.split(":")
+            file = state / unquote(folder) / unquote(file)
+            size = file.stat().st_size if file.exists() else 0
+            if size < int(offset) + int(length):
+                what = f"is cut short at {size} bytes" if file.exists() else "is missing"
+                raise ValueError(f"{file.relative_to(path)} {what}; it holds {name}")
+            if kind == "btreenode":
+                for entry in ts.ocdbt.dump(store, location).result()["entries"]:
+                    place = entry.get("location") or entry.get("indirect_value")
+                    if place:
+                        pending.append((name if "location" in entry else entry["key"].decode(), place))
+
+
+@contextlib.contextmanager
+def readable(path: Path, problem: str = "cannot be read") -> Iterator[None]:
+    """Turns whatever orbax, tensorstore or the disk raise into a `ValueError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} {problem}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the first cause, without tensorstore's dump of its settings."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.split(r"\s*(?:\[tensorstore_spec|\[source locations|\n)", str(error).strip())[0]
+    return text or type(error).__name__

@@ -1,0 +1,72 @@
+"""The configuration that a run's directory was made with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgen import config as config_lib
+
+__all__ = ["load_config", "save_config"]
+
+
+def save_config(workdir: str | Path, config: Any, may_differ: Iterable[str] = ()) -> None:
+    """Writes `<workdir>/config.json`, after checking that an earlier one there is the same.
+
+    Args:
+      workdir: the run's directory, made if missing.
+      config: a frozen dataclass (see `jaxgen.config`).
+      may_differ: names of fields, at any depth, whose values may change; the new ones are written.
+
+    Raises:
+      ValueError: naming each other field that differs with both values; or the file cannot be read or written.
+    """
+    path = Path(workdir) / "config.json"
+    new = json.loads(json.dumps(config_lib.to_json(config)))
+    if path.exists():
+        was, now = _flatten(_read(path)), _flatten(new)
+        differ = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+        differ = [name for name in differ if name.rpartition(".")[2] not in may_differ]
+        if differ:
+            changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in differ)
+            raise ValueError(f"{path} is of another run: {changes}")
+    if jax.process_index() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".json.tmp")
+            temporary.write_text(json.dumps(new, indent=2) + "\n")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load_config(workdir: str | Path) -> Any:
+    """The configuration saved in `workdir`.
+
+    Raises:
+      ValueError: there is none, or it cannot be read by this version.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: {workdir} is not a run's directory")
+    return config_lib.from_json(_read(path))
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """`{"model": {"depth": 4}}` as `{"model.depth": 4}`."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,149 @@
+"""Measures compiled functions on this machine, as a table and JSON; or compiles them for a TPU that is not attached.
+
+python scripts/benchmark.py var --depth 16 --batch 1
+python scripts/benchmark.py var --depth 16 --batch 1,64 --dtype bfloat16 --train
+TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python scripts/benchmark.py var --depth 16 --dtype bfloat16 --train --topology v5e:2x2
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgen import benchmark, cli
+from jaxgen.decoding import Settings
+from jaxgen.generators import NextScaleSampler
+from jaxgen.train import abstract_state, init_state, make_mesh, make_step
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("var",))
+    parser.add_argument("--depth", type=int, default=16, help="width is 64 depth, as published")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--unrolled", action="store_true", help="do not scan over layers")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--train", action="store_true", help="also the generator's training step")
+    parser.add_argument("--topology", help="compile for this TPU topology instead of running, such as v5e:2x2")
+    parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
+    parser.add_argument("--json", help="also writes the rows to this file")
+    args = parser.parse_args()
+    config = cli.load_config_file(str(CONFIGS / "var.py")).get_config("d16").override(
+        [
+            f"model.depth={args.depth}",
+            f"model.scan_layers={not args.unrolled}",
+            f"model.dtype={args.dtype}",
+            f"tokenizer.dtype={args.dtype}",
+            *args.set,
+        ]
+    ).config
+    rows = []
+    for batch in cli.comma_separated(args.batch, "--batch"):
+        rows.append(sampling(config, batch, args))
+        if args.train:
+            rows.append(training(config, batch, args))
+    print_table(rows)
+    print(json.dumps(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def sampling(config, batch: int, args) -> dict:
+    """From key and labels to images, with guidance."""
+    generator, tokenizer = config.build_generator(), config.build_tokenizer()
+    image = jax.ShapeDtypeStruct((1, *tokenizer.image_size, tokenizer.channels), jnp.float32)
+    shapes = {
+        "generator": generator.param_shapes(tokenizer.width),
+        "tokenizer": jax.eval_shape(tokenizer.init, jax.random.key(0), image),
+    }
+    sampler = NextScaleSampler(generator=generator, tokenizer=tokenizer)
+    settings = Settings(*map(jnp.float32, Settings(top_p=0.96)))
+    row = describe("sample", config, batch, shapes["generator"])
+    inputs = (jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((batch,), jnp.int32), settings)
+    if args.topology:
+        mesh = Mesh(np.array(benchmark.topology_devices(args.topology)).reshape(-1), ("data",))
+        place = NamedSharding(mesh, P())
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), inputs)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+        return row | benchmark.compile_report(type(sampler)._sample, sampler, shapes, *inputs, None)[1] | {
+            "device": args.topology
+        }
+    params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), shapes)
+    labels = jnp.arange(batch) % config.model.num_classes
+    _, report = benchmark.compile_report(type(sampler)._sample, sampler, params, jax.random.key(0), labels, settings, None)
+    times = benchmark.measure(
+        lambda: sampler(params, jax.random.key(1), labels, Settings(top_p=0.96)), repeats=args.repeats
+    )
+    return row | report | times | {"images_per_s": batch / times["seconds"]}
+
+
+def training(config, batch: int, args) -> dict:
+    """One update of the generator, encoding included."""
+    train = dataclasses.replace(config.model_train, batch_size=batch)
+    config = dataclasses.replace(config, model_train=train)
+    stages = {stage.name: stage for stage in config.recipe().stages}
+    devices = benchmark.topology_devices(args.topology) if args.topology else None
+    mesh = make_mesh(f"data={len(devices)}", devices) if devices is not None else make_mesh("data=1", jax.devices()[:1])
+    size = config.data.image_size
+    placed = NamedSharding(mesh, P("data"))
+    batch_shapes = {
+        "image": jax.ShapeDtypeStruct((batch, size, size, config.data.channels), jnp.uint8, sharding=placed),
+        "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=placed),
+    }
+    tokenizer_state = abstract_state(stages["tokenizer"], mesh, {})
+    frozen = {"tokenizer": {"tokenizer": tokenizer_state.params["tokenizer"]}}
+    stage = stages["generator"]
+    state = abstract_state(stage, mesh, frozen)
+    step = make_step(stage, mesh, frozen)
+    row = describe("train step", config, batch, state.params)
+    if args.topology:
+        return row | benchmark.compile_report(step, state, batch_shapes, frozen)[1] | {"device": args.topology}
+    compiled, report = benchmark.compile_report(step, state, batch_shapes, frozen)
+    frozen, data = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), (frozen, batch_shapes))
+    live = {"state": init_state(stage, jax.random.key(0), mesh, frozen)}
+
+    def once():
+        live["state"], metrics = compiled(live["state"], data, frozen)
+        return metrics
+
+    times = benchmark.measure(once, repeats=args.repeats)
+    return row | report | times | {"images_per_s": batch / times["seconds"]}
+
+
+def describe(what: str, config, batch: int, params) -> dict:
+    """What a row is about."""
+    size = sum(x.size for x in jax.tree.leaves(params))
+    return {
+        "what": f"VAR-d{config.model.depth} {what}",
+        "pixels": config.data.image_size,
+        "batch": batch,
+        "dtype": config.model.dtype,
+        "scan_layers": config.model.scan_layers,
+        "parameters_M": round(size / 1e6, 1),
+        "jax": jax.__version__,
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [[_text(row.get(name, "")) for name in names] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    for row in cells:
+        print("  ".join(text.rjust(width) for text, width in zip(row, widths)))
+
+
+def _text(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,59 @@
+"""Official checkpoints into a work directory, and a work directory back into the authors' layout.
+
+python scripts/convert.py import --generator var_d16.pth --tokenizer vae_ch160v4096z32.pth --workdir runs/d16
+python scripts/convert.py import --tokenizer vae_ch160v4096z32.pth --workdir runs/mine      # then train a generator on it
+python scripts/convert.py export --workdir runs/d16 --generator g.safetensors --tokenizer t.safetensors
+"""
+
+import argparse
+
+from jaxgen import cli
+from jaxgen.interop import var
+from jaxgen.recipe import modules
+from jaxgen.recipes import next_scale
+from jaxgen.train import save_config, save_params
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("direction", choices=("import", "export"))
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--generator", help="the generator's file; importing may leave it out")
+    parser.add_argument("--tokenizer", required=True, help="the tokenizer's file")
+    parser.add_argument("--patch_nums", help="scales, such as 1,2,3,4, where the files do not reveal them")
+    parser.add_argument("--num_heads", type=int, help="heads, where the files do not reveal them")
+    args = parser.parse_args()
+    (import_checkpoints if args.direction == "import" else export_checkpoints)(args)
+
+
+def import_checkpoints(args):
+    patch_nums = tuple(cli.comma_separated(args.patch_nums, "--patch_nums")) if args.patch_nums else None
+    if not args.generator:
+        # Nothing of a tokenizer's parameters depends on the scales, so any will do to read it.
+        _, tokenizer = var.load_tokenizer(args.tokenizer, patch_nums=patch_nums or var.PATCH_NUMS[680])
+        save_params(args.workdir, "tokenizer", {"tokenizer": tokenizer})
+        print(f"{args.workdir}: the tokenizer; train a generator on it with --set tokenizer_train.steps=0")
+        return
+    model = var.load(
+        generator=args.generator, tokenizer=args.tokenizer, patch_nums=patch_nums, num_heads=args.num_heads
+    )
+    recipe = next_scale.config_of(model.generator, model.tokenizer).recipe()
+    save_config(args.workdir, recipe)
+    save_params(args.workdir, "tokenizer", {"tokenizer": model.params["tokenizer"]})
+    save_params(args.workdir, "generator", {"generator": model.params["generator"]})
+    print(f"{args.workdir}: depth {model.generator.depth}, scales {model.patch_nums}, {model.num_classes} classes")
+
+
+def export_checkpoints(args):
+    if not args.generator:
+        raise ValueError("--generator: exporting writes both files")
+    recipe, params = cli.open_workdir(args.workdir)
+    params = {name: variables for name, variables in modules(params).items() if name in ("generator", "tokenizer")}
+    config = recipe.config
+    model = var.VAR(generator=config.build_generator(), tokenizer=config.build_tokenizer(), params=params)
+    model.save(generator=args.generator, tokenizer=args.tokenizer)
+    print(f"{args.generator}, {args.tokenizer}: written in the authors' layout")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,41 @@
+"""Measures a work directory: reconstruction of held-out images, and samples in the eyes of a classifier of the real ones.
+
+python scripts/evaluate.py --workdir runs/mnist --num 1000 --cfg 1.5 --top_p 0.96
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+
+from jaxgen import cli
+from jaxgen.recipes.evaluation import evaluate_images
+from jaxgen.train.log import write_json
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--num", type=int, default=1000, help="samples, spread evenly over the classes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cfg", type=float, default=1.5)
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=0.96)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--step", help="a checkpoint's step, or best; the latest if left out")
+    parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="such as data.path=...")
+    args = parser.parse_args()
+    step = int(args.step) if args.step and args.step.isdigit() else args.step
+    recipe, params = cli.open_workdir(args.workdir, edits=args.set, step=step)
+    settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
+    results, _ = evaluate_images(
+        recipe, params, jax.random.key(args.seed), num=args.num, batch_size=args.batch_size, settings=settings
+    )
+    write_json(Path(args.workdir) / "evaluation.json", results)
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""Samples images from a work directory into one picture, a row a label; or edits a given image.
+
+python scripts/sample.py --workdir runs/mnist --labels 0,1,2 --num 8 --cfg 1.5 --top_p 0.96 --out grid.png
+python scripts/sample.py --workdir runs/mnist --labels 3 --num 4 --image in.png --box 0.25,0.25,0.75,0.75 --out edited.png
+"""
+
+import argparse
+
+import jax
+import numpy as np
+
+from jaxgen import cli, pictures
+from jaxgen.data import read_image, to_uint8
+from jaxgen.generators import box_mask
+from jaxgen.recipes.evaluation import sample_many
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--labels", required=True, help="class ids, such as 0,1,2")
+    parser.add_argument("--num", type=int, default=8, help="samples a label")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cfg", type=float, default=1.5, help="guidance at the last scale")
+    parser.add_argument("--top_k", type=int, default=0, help="0 is off, 1 is greedy")
+    parser.add_argument("--top_p", type=float, default=0.96, help="0 is off")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--step", help="a checkpoint's step, or best; the latest if left out")
+    parser.add_argument("--scale", type=int, default=1, help="enlarges the picture")
+    parser.add_argument("--image", help="a picture to edit")
+    parser.add_argument("--box", default="0.25,0.25,0.75,0.75", help="top,left,bottom,right as shares of the picture")
+    parser.add_argument("--outpaint", action="store_true", help="keep the box and make the rest, instead of the reverse")
+    parser.add_argument("--out", required=True, help="a .png for the picture")
+    parser.add_argument("--npz", help="also saves images [n, H, W, C] uint8 and labels [n]")
+    args = parser.parse_args()
+    if args.num < 1:
+        raise ValueError(f"--num {args.num}: must be at least 1")
+    labels = np.repeat(cli.comma_separated(args.labels, "--labels"), args.num)
+    step = int(args.step) if args.step and args.step.isdigit() else args.step
+    recipe, params = cli.open_workdir(args.workdir, step=step)
+    settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
+    batch = min(args.batch_size, len(labels))
+    if args.image:
+        box = cli.comma_separated(args.box, "--box", float)
+        settings["image"] = read_image(args.image, recipe.config.data)
+        settings["keep"] = box_mask(box, outpaint=args.outpaint)
+    images = sample_many(recipe, params, jax.random.key(args.seed), labels, batch_size=batch, **settings)
+    pictures.save_png(args.out, pictures.grid(images, args.num, scale=args.scale))
+    if args.npz:
+        np.savez_compressed(args.npz, images=to_uint8(images), labels=labels)
+    print(f"{args.out}: {len(images)} samples")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,27 @@
+"""Trains the stages of a recipe in a work directory; run again to resume.
+
+python scripts/train.py --config configs/var.py --variant small --workdir runs/mnist --set data.path=mnist.npz model.depth=4
+"""
+
+import argparse
+
+from jaxgen import cli
+from jaxgen.train import make_mesh, train
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a file with get_config(variant)")
+    parser.add_argument("--variant", required=True)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="edits of the configuration")
+    parser.add_argument("--mesh", help="axes and sizes, such as data=2,fsdp=2; all devices on data if left out")
+    args = parser.parse_args()
+    recipe = cli.load_config_file(args.config).get_config(args.variant).override(args.set)
+    mesh = make_mesh(args.mesh)
+    recipe = recipe.config.resolve().recipe()
+    train(recipe, args.workdir, mesh=mesh, run=recipe.config.run)
+
+
+if __name__ == "__main__":
+    cli.run(main)

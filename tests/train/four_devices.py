@@ -1,0 +1,136 @@
+"""What `test_four_devices.py` runs with four CPU devices; prints one JSON object."""
+
+import dataclasses
+import json
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+from toy_recipe import RULES, example, make_recipe, make_stage, source
+
+from jaxgen.train import (
+    Checkpoints,
+    RunConfig,
+    abstract_state,
+    evaluate,
+    init_state,
+    load_params,
+    make_mesh,
+    make_step,
+    shard_batch,
+    shardings,
+    train,
+)
+
+results = {}
+devices = jax.devices()
+meshes = {
+    "four": make_mesh("data=2,fsdp=2"),
+    "fsdp": make_mesh("fsdp=4"),
+    "tensor": make_mesh("data=2,tensor=2"),
+    "two": make_mesh("fsdp=2", devices[:2]),
+    "one": make_mesh(None, devices[:1]),
+}
+rules = (("^params/in/kernel$", P(None, ("fsdp", "tensor"))), *RULES)
+
+
+def error(call):
+    try:
+        call()
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+def run(ts, step, mesh, batches):
+    losses = []
+    for batch in batches:
+        ts, metrics = step(ts, shard_batch(mesh, batch), {})
+        losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return ts, losses
+
+
+def host(tree):
+    return jax.tree.map(np.array, (tree.params, tree.ema, tree.opt_state))
+
+
+def difference(a, b):
+    return max(float(np.abs(np.subtract(x, y)).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def pieces(tree):
+    """How many different parts each array is cut into."""
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        parts = x.sharding.devices_indices_map(x.shape).values()
+        found[jax.tree_util.keystr(path, simple=True, separator="/")] = len({str(part) for part in parts})
+    return found
+
+
+# The same updates on one device, on four, and on four with micro-batches.
+stage = make_stage(ema=0.9, rules=rules, optimizer=optax.adamw(1e-2, eps=1e-3))
+data = iter(source(batch=16)(0, 1))
+batches = [next(data) for _ in range(4)]
+steps = {name: make_step(stage, meshes[name], {}) for name in ("one", "two", "four")}
+start = host(init_state(stage, jax.random.key(1), meshes["one"], {}))
+four = init_state(stage, jax.random.key(1), meshes["four"], {})
+results["init"] = difference(host(four), start)
+reference, expected = run(init_state(stage, jax.random.key(1), meshes["one"], {}), steps["one"], meshes["one"], batches)
+reference = host(reference)
+results["moved"] = difference(reference, start)
+four, losses = run(four, steps["four"], meshes["four"], batches)
+results["four"] = {"state": difference(host(four), reference), "losses": difference(losses, expected)}
+micro = make_step(dataclasses.replace(stage, accumulate=2), meshes["four"], {})
+ts, losses = run(init_state(stage, jax.random.key(1), meshes["four"], {}), micro, meshes["four"], batches)
+results["micro"] = {"state": difference(host(ts), reference), "losses": difference(losses, expected)}
+results["pieces"] = {"four/real": pieces(four), "micro/real": pieces(ts)}
+for name, mesh in meshes.items():
+    results["pieces"][name] = pieces(abstract_state(stage, mesh, {}))
+
+# A checkpoint of four devices goes on on one and on two.
+with tempfile.TemporaryDirectory() as workdir:
+    data = iter(source(batch=16)(0, 1))
+    next(data)
+    with Checkpoints(workdir, stage.name) as checkpoints:
+        checkpoints.save(4, four, data)
+        checkpoints.wait()
+        saved, rest = host(four), [next(data), next(data)]
+        _, expected = run(four, steps["four"], meshes["four"], rest)
+        for name in ("one", "two"):
+            again = iter(source(batch=16)(0, 1))
+            restored = checkpoints.restore(abstract_state(stage, meshes[name], {}), again)
+            found = {"state": difference(host(restored), saved), "pieces": pieces(restored)}
+            _, losses = run(restored, steps[name], meshes[name], [next(again), next(again)])
+            results[f"restore/{name}"] = {**found, "losses": difference(losses, expected)}
+    params, _ = load_params(workdir, stage.name)
+    results["load_params"] = {"pieces": pieces(params), "devices": len({x.device for x in jax.tree.leaves(params)})}
+    params, _ = load_params(workdir, stage.name, shardings=lambda t: shardings(meshes["four"], t, rules))
+    results["load_params/four"] = {"pieces": pieces(params)}
+
+# The whole loop on a mesh, with evaluation on a number of examples that four does not divide.
+recipe = make_recipe(
+    make_stage("first", 3, eval_data=source(size=14, repeat=False), eval_loss=lambda p, s, b, k, f: {"loss": jnp.mean(b["y"])}),
+    make_stage("second", 2, needs=("first",)),
+)
+with tempfile.TemporaryDirectory() as workdir:
+    done = train(recipe, workdir, mesh=meshes["four"], run=RunConfig(eval_every=3), log=lambda line: None)
+    again = train(recipe, workdir, mesh=meshes["fsdp"], run=RunConfig(eval_every=3), log=lambda line: None)
+    results["train"] = {
+        "eval": done["first"].metrics["loss"],
+        "mean": float(np.mean([example(i)["y"] for i in range(14)])),
+        "pieces": pieces(again["second"].params),
+        "same": bool(np.array_equal(done["second"].params["params"]["in"]["kernel"], again["second"].params["params"]["in"]["kernel"])),
+    }
+results["evaluate/one"] = evaluate(recipe.stages[0], meshes["one"], done["first"].params, {}, {})["loss"]
+
+results["errors"] = {
+    "product": error(lambda: make_mesh("data=3")),
+    "batch": error(lambda: shard_batch(meshes["four"], {"x": np.zeros((6, 2))})),
+    "micro": error(lambda: run(ts, make_step(make_stage(ema=0.9, accumulate=8), meshes["four"], {}), meshes["four"], batches)),
+    "dimension": error(lambda: abstract_state(make_stage(rules=(("out/kernel$", P(None, "fsdp")),)), meshes["fsdp"], {})),
+}
+json.dump(results, sys.stdout)

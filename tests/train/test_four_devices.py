@@ -1,0 +1,66 @@
+"""Meshes of several devices, on one CPU that pretends to be four; everything runs in one process started here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results():
+    flags = "--xla_force_host_platform_device_count=4"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run([sys.executable, HERE / "four_devices.py"], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_sharded_training_equals_one_device(results):
+    assert results["init"] < 1e-6
+    assert results["moved"] > 0.01
+    for run in ("four", "micro"):
+        assert results[run]["state"] < 1e-5
+        assert results[run]["losses"] < 1e-5
+
+
+def test_moments_and_average_lie_where_their_parameters_do(results):
+    for mesh, cut in {"one": 1, "two": 2, "four": 2, "four/real": 2, "micro/real": 2, "fsdp": 4, "tensor": 2}.items():
+        found = results["pieces"][mesh]
+        kernels = {name: n for name, n in found.items() if name.endswith("in/kernel")}
+        assert len(kernels) == 4  # parameter, average, two moments
+        assert set(kernels.values()) == {cut}
+        assert all(n == 1 for name, n in found.items() if not name.endswith("kernel"))
+
+
+def test_a_checkpoint_of_four_devices_goes_on_on_one_and_two(results):
+    for name, devices in (("one", 1), ("two", 2)):
+        restored = results[f"restore/{name}"]
+        assert restored["state"] == 0
+        assert restored["pieces"]["params/params/in/kernel"] == devices
+        assert restored["losses"] < 1e-5
+
+
+def test_load_params_places_them(results):
+    assert results["load_params"]["devices"] == 1
+    assert results["load_params/four"]["pieces"]["params/in/kernel"] == 2
+    assert results["load_params/four"]["pieces"]["params/in/bias"] == 1
+
+
+def test_the_loop_on_a_mesh(results):
+    assert results["train"]["same"]
+    assert results["train"]["pieces"]["params/out/kernel"] == 4
+    assert results["train"]["eval"] == pytest.approx(results["train"]["mean"], abs=1e-6)
+    assert results["train"]["eval"] == pytest.approx(results["evaluate/one"], abs=1e-6)
+
+
+def test_errors_name_the_numbers(results):
+    errors = results["errors"]
+    assert errors["product"] == "mesh 'data=3' needs 3 devices, there are 4"
+    assert errors["batch"] == "a batch of 6 examples cannot be split over data*fsdp=4 devices"
+    assert "batch of 16 examples cannot be split into accumulate=8 micro-batches over data*fsdp=4" in errors["micro"]
+    assert errors["dimension"] == "params/out/kernel: shape (8, 2) has a dimension 2 that fsdp=4 does not divide"
