@@ -10,11 +10,16 @@ pixels), and the published ImageNet models `d16`, `d20`, `d24`, `d30` (256 pixel
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
+from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
+from jaxgen.recipes import claims
+from jaxgen.recipes.claims import Claim
 from jaxgen.recipes.next_scale import ClassifierConfig, ModelConfig, ModelTrainConfig, NextScaleConfig, TokenizerConfig
+from jaxgen.recipes.next_token import NextTokenConfig
 from jaxgen.recipes.tokenizer import TokenizerTrainConfig
 from jaxgen.train.loop import RunConfig
 
@@ -170,3 +175,33 @@ def _published(variant: str) -> NextScaleConfig:
         ),
         run=RunConfig(save_every=5000, eval_every=5000),
     )
+
+
+def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Claim]:
+    """S047's claims, measured again: few steps at equal size, and a scaling law.
+
+    Both systems get the same images, autoencoder, blocks, training budget and final grid of tokens; the baseline predicts
+    that grid in raster order, one token a call.
+
+    Args:
+      budget: "smoke" (nothing is learnt), or "small" (the digits of `demo`; a long coffee on two cores).
+      seeds: trainings of each system.
+      edits: of the configuration, such as `data.path=...`.
+      log: takes progress lines.
+    """
+    if budget not in ("smoke", "small"):
+        raise ValueError(f"budget {budget!r} is not one of smoke, small")
+    base = config_lib.override(_smoke() if budget == "smoke" else _digits(), edits).resolve()
+    fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    last = dataclasses.replace(base.tokenizer, patch_nums=base.tokenizer.patch_nums[-1:])
+    baseline = NextTokenConfig(**fields | dict(tokenizer=last))
+    samples = 100 if budget == "smoke" else 1000
+    systems = {"S047 VAR, next scale": base, "baseline, next token": baseline}
+    comparison = claims.compare_generators(systems, seeds=seeds, samples=samples, log=log)
+
+    def sized(depth):
+        return dataclasses.replace(base, model=dataclasses.replace(base.model, depth=depth, width=32 * depth, heads=depth))
+
+    depths = (1, 2, 3, 4) if budget == "smoke" else (1, 2, 3, 4, 6)
+    scaling = claims.scaling_law({f"d{depth}": sized(depth) for depth in depths}, log=log)
+    return [comparison, scaling]

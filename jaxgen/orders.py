@@ -61,7 +61,9 @@ class Order:
     @functools.cached_property
     def step_of(self) -> np.ndarray:
         """int32 [l], the step of each position."""
-        return np.repeat(np.arange(self.steps, dtype=np.int32), self.sizes)
+        out = np.repeat(np.arange(self.steps, dtype=np.int32), self.sizes)
+        out.setflags(write=False)
+        return out
 
     def split(self, x, axis: int = 1) -> list:
         """`x` cut along `axis` into one array a step."""
@@ -84,9 +86,12 @@ def scales(patch_nums: Sequence[int | tuple[int, int]]) -> Order:
     """Next-scale order: step k is a whole token map of size `patch_nums[k]`, coarse to fine (Tian et al. 2024, eq. 4).
 
     Raises:
-      ValueError: an empty list, or sizes that are not positive and non-decreasing.
+      ValueError: an empty list, or sizes that are not whole, positive and non-decreasing.
     """
-    shapes = tuple((int(p), int(p)) if np.ndim(p) == 0 else (int(p[0]), int(p[1])) for p in patch_nums)
+    shapes = tuple((p, p) if np.ndim(p) == 0 else tuple(p) for p in patch_nums)
+    if any(len(shape) != 2 or any(int(n) != n for n in shape) for shape in shapes):
+        raise ValueError(f"patch_nums {tuple(patch_nums)} must be whole numbers, or pairs of them")
+    shapes = tuple((int(h), int(w)) for h, w in shapes)
     order = Order(shapes)
     if any(b[0] < a[0] or b[1] < a[1] for a, b in zip(shapes, shapes[1:])):
         raise ValueError(f"patch_nums {tuple(patch_nums)} must not decrease")

@@ -21,7 +21,7 @@ def _cells(name: str, images, scale: int, pad: int) -> np.ndarray:
         raise ValueError(f"{name} of shape {images.shape}: expected [n, H, W, C] with C = 1 or 3 and n > 0")
     if not np.issubdtype(images.dtype, np.floating):
         # jax's bfloat16 is not a numpy floating type, but its values are.
-        if images.dtype.kind in "iub":
+        if images.dtype.kind in "iubc":
             raise ValueError(f"{name} of dtype {images.dtype}: expected floats in [-1, 1]")
         images = images.astype(np.float32)
     if not np.isfinite(images).all():
@@ -43,7 +43,9 @@ def _assemble(cells: np.ndarray, columns: int, pad: int) -> np.ndarray:
     return out
 
 
-def grid(images: Float[np.ndarray, "n H W C"], columns: int, scale: int = 1, pad: int = 2) -> UInt8[np.ndarray, "h w C"]:
+def grid(
+    images: Float[np.ndarray, "n H W C"], columns: int, scale: int = 1, pad: int = 2
+) -> UInt8[np.ndarray, "h w C"]:
     """One picture of all images, row by row.
 
     Args:
@@ -78,7 +80,7 @@ def rows(
 
     Args:
       images: k arrays of equal shape; item i of each stands in column i.
-      labels: k texts, written at the left of each row.
+      labels: k texts, written at the left of each row; rows under 12 pixels crowd them.
       columns: longest row; more items continue below, as another band of k rows. 0: all in one band.
       scale: nearest-neighbour enlargement.
       pad: white pixels around and between images; bands lie four times as far apart.

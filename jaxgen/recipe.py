@@ -24,8 +24,8 @@ class Stage:
     Attributes:
       name: names the stage's checkpoints and its rows in `metrics.jsonl`.
       steps: optimizer updates.
-      init: `(key, frozen) -> (params, state)`. `params`, a dict from module names to variables, receive gradients; `state` is any other pytree that changes
-        while training (codebook statistics, ...), `()` if there is none.
+      init: `(key, frozen) -> (params, state)`. `params`, a dict from module names to variables, receive gradients; `state` is
+        any other pytree that changes while training (codebook statistics, ...), `()` if there is none.
       loss: `(params, state, batch, key, step, frozen) -> (scalar, (metrics, state))`, with float32 scalars in `metrics`.
       optimizer: an optax transformation over `params` (clipping, schedule and weight decay included).
       data: `(shard_index, shard_count) -> grain.IterDataset` of this host's training batches (dicts of numpy arrays),

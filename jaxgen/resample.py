@@ -68,10 +68,12 @@ def resize(x: Float[Array, "b h w c"], size: tuple[int, int], method: str) -> Fl
       method: "area", "bicubic" or "bilinear".
 
     Raises:
-      ValueError: an unknown method.
+      ValueError: an unknown method, or integers, on which the weights would round to 0.
     """
     if method not in _MATRIX:
         raise ValueError(f"method {method!r} is not one of {sorted(_MATRIX)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}: only floating-point arrays can be resampled")
     rows, columns = (jnp.asarray(_MATRIX[method](n, m), x.dtype) for n, m in zip(x.shape[1:3], size))
     if x.shape[1] != size[0]:
         x = jnp.einsum("Hh,bhwc->bHwc", rows, x, precision="highest")

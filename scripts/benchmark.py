@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgen import benchmark, cli
 from jaxgen.decoding import Settings
 from jaxgen.generators import NextScaleSampler
+from jaxgen.tables import text_table
 from jaxgen.train import abstract_state, init_state, make_mesh, make_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -51,7 +52,7 @@ def main():
         rows.append(sampling(config, batch, args))
         if args.train:
             rows.append(training(config, batch, args))
-    print_table(rows)
+    print(text_table(rows))
     print(json.dumps(rows))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
@@ -131,18 +132,6 @@ def describe(what: str, config, batch: int, params) -> dict:
         "parameters_M": round(size / 1e6, 1),
         "jax": jax.__version__,
     }
-
-
-def print_table(rows: list[dict]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names] + [[_text(row.get(name, "")) for name in names] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    for row in cells:
-        print("  ".join(text.rjust(width) for text, width in zip(row, widths)))
-
-
-def _text(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 """
 
 from jaxgen.data.folder import FileSource, folder
-from jaxgen.data.loader import DataConfig, batches, info, make_source
+from jaxgen.data.loader import DataConfig, batches, info, make_source, read_image
 from jaxgen.data.sources import ArraySource, EncodedSource, Source, digits, npz
 from jaxgen.data.transforms import Preprocess, pixels, to_uint8
 
@@ -22,5 +22,6 @@ __all__ = [
     "make_source",
     "npz",
     "pixels",
+    "read_image",
     "to_uint8",
 ]

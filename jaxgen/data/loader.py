@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import multiprocessing.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Array, Float
 
 from jaxgen.data.folder import folder, leave_out_unreadable
-from jaxgen.data.sources import ArraySource, EncodedSource, Example, Source, check_split, digits, npz
-from jaxgen.data.transforms import Preprocess
+from jaxgen.data.sources import ArraySource, EncodedSource, Example, Source, check_split, decode, digits, npz
+from jaxgen.data.transforms import Preprocess, pixels
 
-__all__ = ["DataConfig", "batches", "info", "make_source"]
+__all__ = ["DataConfig", "batches", "info", "make_source", "read_image"]
 
 # One thread feeds a device that computes; the second hides the wait for a disk. More only contend for Python's lock.
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -255,6 +257,8 @@ class _WorkerIterator(grain.DatasetIterator):
             _give_default(PROFILING_FLAG)
             ds = self._map_parent[self._next :].to_iter_dataset(READ)
             self._reader = iter(ds.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers)))
+            # A program may end without `close`: before multiprocessing and grain take down what this still uses.
+            self._close_reader = multiprocessing.util.Finalize(self, self._reader.close, exitpriority=10)
 
     def __next__(self) -> dict[str, np.ndarray]:
         self._assert_not_closed()
@@ -276,5 +280,20 @@ class _WorkerIterator(grain.DatasetIterator):
 
     def _stop(self) -> None:
         if self._reader is not None:
-            self._reader.close()
+            self._close_reader()
             self._reader = None
+
+
+def read_image(path: str, config: DataConfig) -> Float[Array, "H W C"]:
+    """One image file, prepared as `config` prepares held-out images, in [-1, 1].
+
+    Raises:
+      ValueError: the file is missing or no image.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ValueError(f"cannot read image {path}: {error.strerror}") from error
+    preprocess = Preprocess(channels=config.channels, image_size=config.image_size)
+    return pixels(preprocess({"image": decode(data, path), "label": 0})["image"])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.decoding.step import Out, StepFn
+from jaxgen.decoding.step import Out, StepFn, View
 
 __all__ = ["Guided", "guide", "scale_ramp"]
 
@@ -27,11 +27,11 @@ class Guided(NamedTuple):
 def guide(step: StepFn) -> StepFn:
     """A step over b rows from one over 2b (Ho & Salimans 2021): logits = (1 + t) conditional - t unconditional.
 
-    The cache must have 2b rows; the condition is a `Guided`.
+    The cache must have 2b rows; the condition is a `Guided`; the view has b.
     """
 
     def guided(params, cache, view, cond: Guided):
-        doubled = view._replace(tokens=jnp.concatenate([view.tokens, view.tokens]))
+        doubled = View(_twice(view.tokens, 1), _twice(view.pos, 2), _twice(view.mask, 3), _twice(view.time, 1))
         out, cache = step(params, cache, doubled, cond.cond)
         t = cond.weight
 
@@ -43,6 +43,11 @@ def guide(step: StepFn) -> StepFn:
         return Out(jax.tree.map(combine, out.params), feats), cache
 
     return guided
+
+
+def _twice(x, rank: int):
+    """`x` for both halves, where it has an entry a row (that is, at least `rank` axes)."""
+    return x if x is None or jnp.ndim(x) < rank else jnp.concatenate([x, x])
 
 
 def scale_ramp(cfg, step: int, steps: int):

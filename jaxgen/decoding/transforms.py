@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 __all__ = ["check_settings", "truncate"]
 
 
-def check_settings(*, temperature=1.0, top_k=0, top_p=0.0, vocab: int | None = None) -> None:
+def check_settings(*, cfg=0.0, temperature=1.0, top_k=0, top_p=0.0, vocab: int | None = None) -> None:
     """Checks sampling settings that are concrete numbers; traced ones pass.
 
     Raises:
       ValueError: naming the setting and its value.
     """
     checks = (
-        ("temperature", temperature, lambda x: x > 0, "> 0"),
+        ("cfg", cfg, np.isfinite, "finite"),
+        ("temperature", temperature, lambda x: 0 < x < np.inf, "> 0 and finite"),
         ("top_k", top_k, lambda x: x >= 0 and x == int(x) and (vocab is None or x <= vocab), f"in 0..{vocab or 'v'}"),
         ("top_p", top_p, lambda x: 0 <= x <= 1, "in [0, 1]"),
     )
@@ -48,7 +50,8 @@ def truncate(logits: Float[Array, "... v"], *, temperature=1.0, top_k=0, top_p=0
         ranked = jnp.where(jnp.arange(vocab) <= kth, descending, -jnp.inf)
         probs = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs
-        keep = (before < jnp.where(top_p > 0, top_p, 1.0)) & (jnp.arange(vocab) <= kth)
+        # Infinity where it is off: rounding lifts the mass before an unlikely token to 1.
+        keep = (before < jnp.where((top_p > 0) & (top_p < 1), top_p, jnp.inf)) & (jnp.arange(vocab) <= kth)
         keep = keep.at[..., 0].set(True)
         threshold = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(x >= threshold, x, -jnp.inf)

@@ -66,10 +66,13 @@ class NextScaleSampler:
           (images in [-1, 1], tokens).
 
         Raises:
-          ValueError: labels or settings out of range.
+          ValueError: labels or settings out of range, or known tokens of another shape than [b, l].
         """
         labels = check_labels(labels, self.generator.num_classes)
-        check_settings(**{k: v for k, v in settings._asdict().items() if k != "cfg"}, vocab=self.generator.vocab)
+        check_settings(**settings._asdict(), vocab=self.generator.vocab)
+        want = (labels.shape[0], self.generator.order.length)
+        if known is not None and not known.tokens.shape == known.keep.shape == want:
+            raise ValueError(f"known tokens {known.tokens.shape} and keep {known.keep.shape}: expected {want}")
         return self._sample(params, key, labels, Settings(*map(jnp.float32, settings)), known)
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,7 @@ from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.nn.adaln import AdaLNHead
 from jaxgen.nn.transformer import AdaLNTransformer
-from jaxgen.orders import raster
+from jaxgen.orders import Order, raster
 
 __all__ = ["NextTokenTransformer"]
 
@@ -46,6 +46,11 @@ class NextTokenTransformer(nn.Module):
     remat: bool = False
     dtype: Any = jnp.float32
 
+    @property
+    def order(self) -> Order:
+        """One position a step."""
+        return raster(self.length)
+
     def setup(self):
         std = (1 / (3 * self.width)) ** 0.5
         init = nn.initializers.normal(std)
@@ -62,7 +67,7 @@ class NextTokenTransformer(nn.Module):
             rest_init=self.rest_init,
             init_std=std,
             drop_path_rate=self.drop_path_rate,
-            mask=masks.block_causal(raster(self.length)),
+            mask=masks.block_causal(self.order),
             scan_layers=self.scan_layers,
             remat=self.remat,
             dtype=self.dtype,

@@ -200,11 +200,12 @@ def load(
 def load_generator(path: str, *, patch_nums=None, num_heads=None, scan_layers: bool = True, dtype: Any = jnp.float32):
     """The generator's module and variables (numpy); see `load`."""
     state = read_state_dict(path)
-    vocab, width = shape_of(state, "head.weight", path)
-    classes = shape_of(state, "class_emb.weight", path)[0] - 1
-    depth = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
-    l2_norm = "blocks.0.attn.scale_mul_1H11" in state
-    heads = num_heads or (state["blocks.0.attn.scale_mul_1H11"].shape[1] if l2_norm else max(width // 64, 1))
+    vocab, width = shape_of(state, "head.weight", path, 2)
+    classes = shape_of(state, "class_emb.weight", path, 2)[0] - 1
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    head_scale = "blocks.0.attn.scale_mul_1H11"
+    l2_norm = head_scale in state
+    heads = num_heads or (shape_of(state, head_scale, path, 4)[1] if l2_norm else max(width // 64, 1))
     module = NextScaleTransformer(
         vocab=vocab,
         num_classes=classes,
@@ -212,20 +213,20 @@ def load_generator(path: str, *, patch_nums=None, num_heads=None, scan_layers: b
         width=width,
         heads=heads,
         depth=depth,
-        mlp_ratio=shape_of(state, "blocks.0.ffn.fc1.weight", path)[0] / width,
+        mlp_ratio=shape_of(state, "blocks.0.ffn.fc1.weight", path, 2)[0] / width,
         l2_norm=l2_norm,
         shared_adaln="shared_ada_lin.1.weight" in state,
         scan_layers=scan_layers,
         dtype=jnp.dtype(dtype),
     )
-    expected = module.param_shapes(shape_of(state, "word_embed.weight", path)[1])["params"]
+    expected = module.param_shapes(shape_of(state, "word_embed.weight", path, 2)[1])["params"]
     return module, {"params": _to_jax(path, state, generator_rules(module), GENERATOR_BUFFERS, expected)}
 
 
 def load_tokenizer(path: str, *, patch_nums: Sequence[int], phi_ratio: float = 0.5, dtype: Any = jnp.float32):
     """The tokenizer's module and variables (numpy). Its file does not reveal the scales."""
     state = read_state_dict(path)
-    vocab, width = shape_of(state, "quantize.embedding.weight", path)
+    vocab, width = shape_of(state, "quantize.embedding.weight", path, 2)
     phis = sum(name.startswith("quantize.quant_resi.") and name.endswith(".weight") for name in state)
     module = MultiScaleTokenizer(
         **autoencoder_sizes(state, path),
@@ -251,9 +252,9 @@ def _to_jax(path, state, rules, ignore, expected):
 
 
 def _patch_nums(state, given, path) -> tuple[int, ...]:
-    length = shape_of(state, "pos_1LC", path)[1]
+    length = shape_of(state, "pos_1LC", path, 3)[1]
     if given is None and "lvl_1L" in state:
-        sizes = np.bincount(np.asarray(state["lvl_1L"]).reshape(-1).astype(int))
+        sizes = np.unique(state["lvl_1L"], return_counts=True)[1]
         given = [round(size**0.5) for size in sizes]
     if given is None and length in PATCH_NUMS:
         given = PATCH_NUMS[length]

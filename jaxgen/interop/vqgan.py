@@ -14,22 +14,25 @@ __all__ = ["autoencoder_rules", "autoencoder_sizes", "shape_of"]
 _pointwise = Layout(lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T[:, :, None, None])
 
 
-def shape_of(state_dict: Mapping[str, np.ndarray], name: str, path) -> tuple[int, ...]:
+def shape_of(state_dict: Mapping[str, np.ndarray], name: str, path, rank: int) -> tuple[int, ...]:
     """Shape of a parameter that the architecture is read from.
 
     Raises:
-      ValueError: naming the file and the parameter that it lacks.
+      ValueError: naming the file and the parameter, if it is missing, empty or has another number of axes.
     """
     if name not in state_dict:
         raise ValueError(f"{path}: no parameter {name!r}; not a checkpoint of this system?")
-    return tuple(state_dict[name].shape)
+    shape = tuple(state_dict[name].shape)
+    if len(shape) != rank or 0 in shape:
+        raise ValueError(f"{path}: {name} has the shape {shape}; expected {rank} axes and at least one element")
+    return shape
 
 
 def autoencoder_sizes(state_dict: Mapping[str, np.ndarray], path) -> dict:
     """Fields of `ConvEncoder` and `ConvDecoder` read from names and shapes."""
-    ch, channels = shape_of(state_dict, "encoder.conv_in.weight", path)[:2]
-    levels = _count(state_dict, "encoder.down.{}.block.0.conv1.weight")
-    mult = tuple(state_dict[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels))
+    ch, channels = shape_of(state_dict, "encoder.conv_in.weight", path, 4)[:2]
+    levels = max(1, _count(state_dict, "encoder.down.{}.block.0.conv1.weight"))
+    mult = tuple(shape_of(state_dict, f"encoder.down.{i}.block.0.conv1.weight", path, 4)[0] // ch for i in range(levels))
     return dict(
         channels=channels,
         ch=ch,

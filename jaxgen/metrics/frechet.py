@@ -137,7 +137,9 @@ def class_accuracy(logits: Float[np.ndarray, "n v"], labels: Int[np.ndarray, "n"
     """
     logits, labels = _matrix("logits", logits), np.asarray(labels)
     if labels.shape != logits.shape[:1] or not labels.size:
-        raise ValueError(f"logits of shape {logits.shape} and labels of shape {labels.shape}: expected [n, v], [n], n > 0")
+        raise ValueError(
+            f"logits of shape {logits.shape} and labels of shape {labels.shape}: expected [n, v], [n], n > 0"
+        )
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels {labels.min()}..{labels.max()}: must be in 0..{logits.shape[1] - 1}")
     return float((logits.argmax(axis=1) == labels).mean())
@@ -156,7 +158,9 @@ def inception_score(probs: Float[np.ndarray, "n v"]) -> float:
     """
     probs = _matrix("probs", probs)
     if not len(probs) or probs.min() < 0 or np.abs(probs.sum(axis=1) - 1).max() > 1e-3:
-        raise ValueError(f"probs of shape {probs.shape}: every row must be non-negative and sum to 1, and there must be some")
+        raise ValueError(
+            f"probs of shape {probs.shape}: every row must be non-negative and sum to 1, and there must be some"
+        )
     marginal = probs.mean(axis=0)
     # p log(p / q) is 0 at p = 0; the ones only keep the logarithm quiet there.
     ratio = np.where(probs > 0, probs, 1) / np.where(probs > 0, marginal, 1)

@@ -47,17 +47,24 @@ def attend(
         if mask.shape != (q.shape[1], k.shape[1]):
             raise ValueError(f"mask {mask} does not fit q {q.shape} and k {k.shape}")
         mask = mask.traced()[None, None]
-    fits_cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    if implementation == "cudnn" and not fits_cudnn:
+    has_cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    if implementation == "cudnn" and not has_cudnn:
         raise ValueError(f"implementation='cudnn' needs a GPU and half precision; got {jax.default_backend()}, {q.dtype}")
     if implementation is None:
-        implementation = "cudnn" if fits_cudnn and q.shape[-1] % 8 == 0 else "xla"
+        implementation = "cudnn" if has_cudnn and _cudnn_takes(q, k, mask) else "xla"
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
 
 
+def _cudnn_takes(q, k, mask) -> bool:
+    """Whether cuDNN has a kernel for these shapes: head sizes up to 128, and masks in training for even lengths only."""
+    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and (mask is None or even)
+
+
 def _l2_normalise(x):
+    """x / |x|; where x is 0 the result and its gradient are finite."""
     x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
 class SelfAttention(nn.Module):

@@ -34,15 +34,15 @@ def classifier_stage(
     *,
     num_classes: int,
     width: int = 16,
-    steps: int = 300,
+    steps: int = 200,
     batch_size: int = 128,
-    lr: float = 3e-3,
+    lr: float = 5e-3,
     shift: int = 1,
     name: str = "classifier",
 ) -> Stage:
     """Cross-entropy on the training split, Adam with a cosine decay to 0, evaluated on the test split.
 
-    The defaults reach 98 % on held-out 8x8 digits in ten seconds of two cores. The stage's parameters are
+    The defaults name 97 to 99 % of held-out 8x8 digits, depending on the seed. The stage's parameters are
     `{"classifier": variables}` of `Classifier(num_classes, width)`, whatever its `name`.
 
     Args:

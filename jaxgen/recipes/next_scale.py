@@ -140,30 +140,28 @@ class NextScaleConfig:
 
     def build_generator(self) -> NextScaleTransformer:
         """The generator module."""
+        return NextScaleTransformer(patch_nums=self.tokenizer.patch_nums, **self._generator_fields())
+
+    def _generator_fields(self) -> dict:
         m = self.model
-        fields = dataclasses.asdict(m) | dict(
-            width=m.width or 64 * m.depth, heads=m.heads or m.depth, dtype=jnp.dtype(m.dtype)
-        )
-        return NextScaleTransformer(vocab=self.tokenizer.vocab, patch_nums=self.tokenizer.patch_nums, **fields)
+        sizes = dict(width=m.width or 64 * m.depth, heads=m.heads or m.depth, dtype=jnp.dtype(m.dtype))
+        return dataclasses.asdict(m) | sizes | dict(vocab=self.tokenizer.vocab)
+
+    def build_sampler(self) -> NextScaleSampler:
+        """From key and labels to images."""
+        return NextScaleSampler(generator=self.build_generator(), tokenizer=self.build_tokenizer())
+
+    def teacher_inputs(self, tokenizer, variables, tokens):
+        """What the generator reads in training, from the tokens that it is to predict."""
+        return tokenizer.apply(variables, tokens, method="inputs")
 
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
-        tokenizer, generator = self.build_tokenizer(), self.build_generator()
-        stages = [tokenizer_stage(self.tokenizer_train, self.data, tokenizer), generator_stage(self, tokenizer, generator)]
+        stages = [tokenizer_stage(self.tokenizer_train, self.data, self.build_tokenizer()), generator_stage(self)]
         if self.classifier.steps:
-            c = self.classifier
-            stages.append(
-                classifier_stage(
-                    self.data,
-                    num_classes=self.model.num_classes,
-                    width=c.width,
-                    steps=c.steps,
-                    batch_size=c.batch_size,
-                    lr=c.lr,
-                )
-            )
-        sampler = NextScaleSampler(generator=generator, tokenizer=tokenizer)
-        return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, sampler))
+            fields = dataclasses.asdict(self.classifier)
+            stages.append(classifier_stage(self.data, num_classes=self.model.num_classes, **fields))
+        return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, self.build_sampler()))
 
 
 def _sample(sampler, params: Mapping[str, Any], key, labels, *, image=None, keep=None, **settings) -> dict:
@@ -181,25 +179,28 @@ def _sample(sampler, params: Mapping[str, Any], key, labels, *, image=None, keep
     return {"images": images, "tokens": tokens}
 
 
-def generator_stage(config: NextScaleConfig, tokenizer: MultiScaleTokenizer, generator: NextScaleTransformer) -> Stage:
+def generator_stage(config: NextScaleConfig) -> Stage:
     """Teacher-forced maximum likelihood of the frozen tokenizer's tokens (Tian et al. 2024, section 3.2)."""
-    train = config.model_train
-    last = generator.order.span(generator.order.steps - 1)[0]
+    train, tokenizer, generator = config.model_train, config.build_tokenizer(), config.build_generator()
+    order = generator.order
+    last = order.span(order.steps - 1)[0]
 
     def init(key, frozen):
-        b, order = 1, generator.order
-        features = jnp.zeros((b, order.length - order.sizes[0], tokenizer.width))
-        return {"generator": generator.init(key, jnp.zeros((b,), jnp.int32), features)}, ()
+        def inputs(variables):
+            return config.teacher_inputs(tokenizer, variables, jnp.zeros((1, order.length), jnp.int32))
+
+        shape = jax.eval_shape(inputs, modules(frozen)["tokenizer"])
+        return {"generator": generator.init(key, jnp.zeros((1,), jnp.int32), jnp.zeros(shape.shape, shape.dtype))}, ()
 
     def forward(params, batch, labels, frozen, **kwargs):
         variables = modules(frozen)["tokenizer"]
         tokens = tokenizer.apply(variables, pixels(batch["image"]), method="encode")
-        features = jax.lax.stop_gradient(tokenizer.apply(variables, tokens, method="inputs"))
-        logits = generator.apply(params["generator"], labels, features, **kwargs)
+        inputs = jax.lax.stop_gradient(config.teacher_inputs(tokenizer, variables, tokens))
+        logits = generator.apply(params["generator"], labels, inputs, **kwargs)
         nll = cross_entropy(logits, tokens)
         metrics = {
             "nll": nll.mean(),
-            "nll_last_scale": nll[:, last:].mean(),
+            "nll_last_step": nll[:, last:].mean(),
             "token_accuracy": (logits.argmax(-1) == tokens).astype(jnp.float32).mean(),
         }
         return logits, tokens, metrics

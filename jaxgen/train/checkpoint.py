@@ -43,6 +43,9 @@ class Checkpoints:
             for path in reading.incomplete(self.directory):
                 log(f"removing the incomplete checkpoint {path}")
                 shutil.rmtree(path)
+        self.best_loss()  # reads what was saved beside each checkpoint, so that a damaged one is named
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(reading.quiet())
         with reading.readable(self.directory, "cannot be opened"):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
@@ -57,9 +60,11 @@ class Checkpoints:
 
     def __exit__(self, kind, error, trace) -> None:
         # An error on its way out says more than what a failed save would add to it.
-        with contextlib.suppress(ValueError) if error else contextlib.nullcontext():
-            self.wait()
-        self._manager.close()
+        with self._quiet, contextlib.suppress(ValueError) if error else contextlib.nullcontext():
+            try:
+                self.wait()
+            finally:
+                self._manager.close()
 
     def steps(self) -> list[int]:
         """The steps with a complete checkpoint, in order."""
@@ -124,7 +129,6 @@ class Checkpoints:
         """
         path = reading.find(self.directory, step)
         reading.check_fit(path, vars(abstract))
-        reading.check_files(path)
         with reading.readable(path):
             step = int(path.name)
             self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))

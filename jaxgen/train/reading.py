@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ __all__ = [
     "find",
     "incomplete",
     "metadata",
+    "quiet",
     "read_loss",
     "readable",
     "reason",
@@ -85,15 +88,19 @@ def read_loss(path: Path) -> float:
 
 
 def metadata(path: Path) -> dict[str, PyTree]:
-    """The saved tree with each array's shape and dtype; tuples and classes have become lists and dicts."""
-    with readable(path):
+    """The saved tree with each array's shape and dtype; tuples and classes have become lists and dicts.
+
+    Raises:
+      ValueError: the checkpoint is damaged (see `check_files`).
+    """
+    check_files(path)
+    with readable(path), quiet():
         return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
 
 
 def restore_tree(path: Path, wanted: PyTree) -> PyTree:
-    """The part of the saved tree that `wanted` (`ShapeDtypeStruct`s with shardings) names."""
-    check_files(path)
-    with readable(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    """The part of the saved tree that `wanted` (`ShapeDtypeStruct`s with shardings) names, after `metadata` found it whole."""
+    with readable(path), quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         return checkpointer.restore(path / "state", args=args)
@@ -171,8 +178,33 @@ def readable(path: Path, problem: str = "cannot be read") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the first cause, without tensorstore's dump of its settings."""
+    """The first line of the first cause, without tensorstore's dump of its settings; the system's word if it has one."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.split(r"\s*(?:\[tensorstore_spec|\[source locations|\n)", str(error).strip())[0]
-    return text or type(error).__name__
+    system = re.search(r": ([^:]+) \[os_error_code", text)
+    return system.group(1) if system else text or type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps orbax from printing pages of traceback for failures that are raised as well.
+
+    It logs them from its threads; and after one array has failed, the others' answers find its event loop closed.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def unraisable(args) -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            before(args)
+
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
+    logger.addFilter(keep)
+    sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+        sys.unraisablehook = before

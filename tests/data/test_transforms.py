@@ -22,7 +22,10 @@ def test_grey_to_colour_repeats_and_colour_to_grey_is_pillows_luma():
         to_channels(noise(4, 4, 4), 3)
 
 
-@pytest.mark.parametrize("shape, out", [((20, 30, 3), (12, 18, 3)), ((31, 20, 1), (18, 12, 1)), ((9, 12, 1), (12, 16, 1))])
+SIZES = [((20, 30, 3), (12, 18, 3)), ((31, 20, 1), (18, 12, 1)), ((9, 12, 1), (12, 16, 1))]
+
+
+@pytest.mark.parametrize("shape, out", SIZES)
 def test_resize_keeps_the_aspect_and_is_pillows_lanczos(shape, out):
     image = noise(*shape)
     resized = transforms.resize_shorter(image, 12)

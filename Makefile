@@ -1,0 +1,41 @@
+# make demo | make test | make lint | make clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+export JAX_PLATFORMS ?= cpu
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+
+.PHONY: install demo test test-numeric lint compile-check clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxgen needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[demo,test]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py --workdir runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+# The models, samplers and checkpoints only: for another Python or jax.
+test-numeric: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m numeric tests
+
+lint: $(STAMP)
+	$(BIN)/pip install --quiet ruff
+	$(BIN)/ruff check jaxgen kernels_pallas configs scripts tests
+
+# Compiles the training step and the sampler for a TPU that is not attached. Installs libtpu (640 MB) beside the environment.
+compile-check: $(STAMP)
+	$(BIN)/pip install --quiet 'jax[tpu]'
+	TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 TPU_ACCELERATOR_TYPE=v5litepod-4 \
+	  $(BIN)/python scripts/benchmark.py var --depth 16 --batch 64 --dtype bfloat16 --train --topology v5e:2x2
+
+clean:
+	rm -rf $(VENV) .venv312 .cache runs

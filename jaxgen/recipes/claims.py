@@ -1,0 +1,136 @@
+"""Measuring published claims again: systems side by side, on the same data in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxgen import config as config_lib
+from jaxgen import metrics
+from jaxgen.recipe import Recipe
+from jaxgen.recipes.evaluation import evaluate_images
+from jaxgen.recipes.next_scale import NextScaleConfig
+from jaxgen.train import save_params, train
+
+__all__ = ["Claim", "compare_generators", "scaling_law"]
+
+
+class Claim(NamedTuple):
+    """One table of results.
+
+    Attributes:
+      title: what was compared.
+      rows: one a system, in the order measured.
+      notes: what was found, in words; a claim that did not reproduce is said here.
+    """
+
+    title: str
+    rows: list[dict]
+    notes: str = ""
+
+
+def compare_generators(
+    systems: Mapping[str, NextScaleConfig],
+    *,
+    seeds: int,
+    samples: int,
+    log: Callable[[str], None],
+) -> Claim:
+    """Trains each system `seeds` times and measures quality, model calls and seconds an image.
+
+    Each system's row holds means over the seeds, with the spread (max - min) behind them where there is more than one seed; the
+    seeds share the system's tokenizer. Sampling is without guidance and truncation, so that the model's own law is judged, by
+    one classifier for all systems.
+    """
+    rows = []
+    judge = {}
+    for name, config in systems.items():
+        measured, tokenizer = [], {}
+        for seed in range(seeds):
+            log(f"{name}: seed {seed}")
+            recipe, params, _ = _train(config, seed, tokenizer | judge, log)
+            tokenizer, judge = {"tokenizer": params["tokenizer"]}, {"classifier": params["classifier"]}
+            settings = dict(cfg=0.0, top_k=0, top_p=0.0)
+            result, _ = evaluate_images(
+                recipe, params, jax.random.key(seed), num=samples, batch_size=100, settings=settings
+            )
+            measured.append(
+                {
+                    "PSNR of tokens": result["reconstruction"]["psnr"],
+                    "class accuracy": result["generation"]["class_accuracy"],
+                    "Frechet": result["generation"]["frechet"],
+                }
+            )
+        generator = recipe.config.build_generator()
+        row = {
+            "system": name,
+            "parameters M": round(_size(params["generator"]) / 1e6, 3),
+            "model calls": generator.order.steps,
+            "tokens": generator.order.length,
+        }
+        for column in measured[0]:
+            row[column] = _mean_and_spread([m[column] for m in measured])
+        for batch in (1, 64):
+            row[f"ms/image, batch {batch}"] = round(1e3 * _seconds_an_image(recipe, params, batch), 3)
+        rows.append(row | {"real class accuracy": result["generation"]["class_accuracy_real"]})
+        rows[-1]["Frechet, real test images"] = result["generation"]["frechet_real"]
+    steps = [row["model calls"] for row in rows]
+    notes = f"{seeds} seeds; mean (spread). Model calls an image: {' against '.join(map(str, steps))}."
+    return Claim("Generators of equal size on the same final grid of tokens, data and training budget", rows, notes)
+
+
+def scaling_law(sizes: Mapping[str, NextScaleConfig], *, log: Callable[[str], None]) -> Claim:
+    """Test loss of models that differ in size alone, on one tokenizer, and the power law L = (b N)^a through them."""
+    rows, tokenizer = [], {}
+    for name, config in sizes.items():
+        log(f"scaling: {name}")
+        config = dataclasses.replace(config, classifier=dataclasses.replace(config.classifier, steps=0))
+        _, params, metrics_of = _train(config, 0, tokenizer, log)
+        tokenizer = {"tokenizer": params["tokenizer"]}
+        row = {"model": name, "parameters M": round(_size(params["generator"]) / 1e6, 4)}
+        rows.append(row | {f"test {key}": metrics_of["generator"][key] for key in ("nll", "nll_last_step")})
+    sizes_m = np.array([row["parameters M"] for row in rows]) * 1e6
+    law = metrics.fit_power_law(sizes_m, np.array([row["test nll"] for row in rows]))
+    notes = f"L = (b N)^a with a = {law.a:.4f}, b = {law.b:.4g}; correlation of the logarithms r = {law.r:.4f}."
+    return Claim("Test loss (nats a token) against the generator's size", rows, notes)
+
+
+def _train(config: NextScaleConfig, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict, dict]:
+    """(recipe, parameters by stage, last metrics by stage) of a system whose stages in `given` are trained already."""
+    zero = {f"{name}.steps=0" if name == "classifier" else f"{name}_train.steps=0" for name in given}
+    config = config_lib.override(config, [f"run.seed={seed}", *sorted(zero)])
+    recipe = config.recipe()
+    with tempfile.TemporaryDirectory() as workdir:
+        for stage in recipe.stages:
+            if stage.name in given:
+                save_params(workdir, stage.name, given[stage.name])
+        results = train(recipe, workdir, run=config.run, log=log)
+    params = {name: result.params for name, result in results.items()}
+    return recipe, {**given, **params}, {name: result.metrics for name, result in results.items()}
+
+
+def _size(params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _mean_and_spread(values: list[float]) -> str | float:
+    mean = statistics.fmean(values)
+    return f"{mean:.4g} ({max(values) - min(values):.2g})" if len(values) > 1 else mean
+
+
+def _seconds_an_image(recipe: Recipe, params, batch: int, repeats: int = 7) -> float:
+    """Median seconds of warm, compiled sampling, over the batch."""
+    labels = np.arange(batch, dtype=np.int32) % recipe.config.model.num_classes
+    seconds = []
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(recipe.sample(params, jax.random.key(i), labels)["images"])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]) / batch

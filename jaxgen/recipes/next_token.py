@@ -1,0 +1,46 @@
+"""A next-token system on the same tokenizer, blocks and training as the next-scale one: what S047 is measured against."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from jaxgen.decoding import Settings
+from jaxgen.generators import NextTokenSampler, NextTokenTransformer
+from jaxgen.recipe import Recipe, modules
+from jaxgen.recipes.next_scale import NextScaleConfig
+
+__all__ = ["NextTokenConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenConfig(NextScaleConfig):
+    """`NextScaleConfig` with one scale, whose tokens come one by one in raster order."""
+
+    def __post_init__(self):
+        if len(self.tokenizer.patch_nums) != 1:
+            raise ValueError(f"tokenizer.patch_nums={self.tokenizer.patch_nums}: next-token models take one scale")
+        if self.model.shared_adaln:
+            raise ValueError("model.shared_adaln=True: next-token models have one modulation a block")
+
+    def build_generator(self) -> NextTokenTransformer:
+        """The generator module."""
+        fields = {name: value for name, value in self._generator_fields().items() if name != "shared_adaln"}
+        return NextTokenTransformer(length=self.build_tokenizer().order.length, **fields)
+
+    def build_sampler(self) -> NextTokenSampler:
+        """From key and labels to images."""
+        return NextTokenSampler(generator=self.build_generator(), tokenizer=self.build_tokenizer())
+
+    def teacher_inputs(self, tokenizer, variables, tokens):
+        """The tokens themselves; the model shifts them."""
+        return tokens
+
+    def recipe(self) -> Recipe:
+        """The stages and the sampler."""
+        return dataclasses.replace(super().recipe(), sample=functools.partial(_sample, self.build_sampler()))
+
+
+def _sample(sampler: NextTokenSampler, params, key, labels, **settings) -> dict:
+    images, tokens = sampler(modules(params), key, labels, Settings(**settings))
+    return {"images": images, "tokens": tokens}

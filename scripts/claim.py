@@ -1,0 +1,61 @@
+"""Measures a system's claim again, prints the table and appends it to scripts/claims/RESULTS.md.
+
+python scripts/claim.py S047 --budget small --seeds 3
+"""
+
+import argparse
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+from jaxgen import cli
+from jaxgen.tables import markdown_table, text_table
+
+HERE = Path(__file__).parent
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("system", help="its number, such as S047")
+    parser.add_argument("--budget", default="small")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
+    parser.add_argument("--results", default=str(HERE / "claims" / "RESULTS.md"))
+    args = parser.parse_args()
+    module = find(args.system)
+    heading = module.__doc__.strip().splitlines()[0].rstrip(".")
+    claims = module.claim(args.budget, seeds=args.seeds, edits=args.set)
+    setting = f"{datetime.date.today()}, {machine()}, budget {args.budget} {' '.join(args.set)}".strip()
+    lines = [f"\n## {heading}\n", f"{setting}\n"]
+    for claim in claims:
+        print(f"\n{claim.title}\n{text_table(claim.rows)}\n{claim.notes}")
+        lines += [f"**{claim.title}**\n", markdown_table(claim.rows), f"\n{claim.notes}\n"]
+    path = Path(args.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write("\n".join(lines))
+    print(f"\nappended to {path}")
+
+
+def find(system: str):
+    """The configuration module whose docstring opens with the system's number."""
+    for path in sorted((HERE.parent / "configs").glob("*.py")):
+        if path.stem == "__init__":
+            continue
+        module = cli.load_config_file(str(path))
+        if (module.__doc__ or "").startswith(f"{system} ") and hasattr(module, "claim"):
+            return module
+    raise ValueError(f"system {system!r}: no file in configs/ opens with it and has a claim")
+
+
+def machine() -> str:
+    """The kind of machine and the versions."""
+    device = jax.local_devices()[0].device_kind
+    return f"{device} x{jax.device_count()} ({platform.machine()}, {os.cpu_count()} cores), jax {jax.__version__}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,120 @@
+import jax
+import numpy as np
+import pytest
+
+from kernels_pallas import BlockMask
+
+
+def causal(q, k):
+    return q[0] >= k[0]
+
+
+def causal_in_document(q, k):
+    return (q[0] >= k[0]) & (q[1] == k[1])
+
+
+def documents(sq=11, sk=14, seed=0):
+    rng = np.random.default_rng(seed)
+    q = np.stack([rng.integers(0, 9, sq), rng.integers(0, 2, sq)])
+    k = np.stack([rng.integers(0, 9, sk), rng.integers(0, 2, sk)])
+    return q, k
+
+
+def brute_force(q, k):
+    return np.array(
+        [[q[0, i] >= k[0, j] and q[1, i] == k[1, j] for j in range(k.shape[1])] for i in range(q.shape[1])]
+    )
+
+
+def test_dense_and_traced_apply_the_predicate_to_every_pair():
+    q, k = documents()
+    mask = BlockMask.build(causal_in_document, q, k)
+    assert mask.shape == (11, 14)
+    np.testing.assert_array_equal(mask.dense(), brute_force(q, k))
+    np.testing.assert_array_equal(jax.jit(mask.traced)(), brute_force(q, k))
+
+
+def test_traced_stores_no_dense_constant():
+    mask = BlockMask.build(causal_in_document, *documents(40, 50))
+    closed = jax.make_jaxpr(mask.traced)()
+    assert max(np.size(c) for c in closed.consts) == 2 * 50
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 5), (3, 14), (128, 64)])
+def test_plan_counts_each_block(block):
+    # Documents in runs, so that empty and full blocks occur; 11 and 14 leave ragged blocks at the ends.
+    q = np.array([[0, 0, 0, 0, 0, 5, 5, 5, 9, 9, 9], [0] * 4 + [1] * 7])
+    k = np.array([[0] * 5 + [5] * 6 + [9] * 3, [0] * 4 + [1] * 10])
+    mask = BlockMask.build(causal_in_document, q, k, block)
+    allowed, (bq, bk) = brute_force(q, k), block
+    want = []
+    for i in range(0, 11, bq):
+        for j in range(0, 14, bk):
+            part = allowed[i : i + bq, j : j + bk]
+            want.append(2 if part.all() else 1 if part.any() else 0)
+    got = mask.plan
+    assert got.dtype == np.int8
+    np.testing.assert_array_equal(got.reshape(-1), want)
+    assert mask.density == np.mean(np.array(want) > 0)
+
+
+def test_equal_masks_share_a_compilation():
+    traces = []
+
+    def f(mask, x):
+        traces.append(mask)
+        return x * mask.traced()
+
+    f = jax.jit(f, static_argnums=0)
+    steps = np.arange(5)[None]
+    for _ in range(2):
+        f(BlockMask.build(causal, steps, steps), 1.0)
+    assert len(traces) == 1
+    f(BlockMask.build(causal, steps, steps + 1), 1.0)
+    assert len(traces) == 2
+
+
+def test_equality_looks_at_predicate_metadata_and_block():
+    steps = np.arange(6)[None]
+    mask = BlockMask.build(causal, steps, steps)
+    assert mask == BlockMask.build(causal, list(steps), steps) and hash(mask) == hash(BlockMask(causal, steps, steps))
+    others = [
+        BlockMask.build(lambda q, k: q[0] >= k[0], steps, steps),
+        BlockMask.build(causal, steps + 1, steps),
+        BlockMask.build(causal, steps, steps - 1),
+        BlockMask.build(causal, steps, steps, (64, 64)),
+        BlockMask.build(causal, steps[:, :4], steps),
+        "a mask",
+    ]
+    assert all(mask != other for other in others)
+
+
+def test_metadata_is_a_copy_that_cannot_be_written():
+    steps = np.arange(4)[None]
+    mask = BlockMask.build(causal, steps, steps)
+    steps[:] = 0
+    assert mask.dense().sum() == 10
+    with pytest.raises(ValueError, match="read-only"):
+        mask.q_meta[0, 0] = 3
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "block", "message"),
+    [
+        (np.arange(4), np.arange(4)[None], (8, 8), r"q_meta \(4,\)"),
+        (np.zeros((2, 4)), np.zeros((1, 4)), (8, 8), "with one m"),
+        (np.zeros((1, 4)), np.zeros((1, 4)), (0, 8), r"block \(0, 8\)"),
+    ],
+)
+def test_bad_metadata(q, k, block, message):
+    with pytest.raises(ValueError, match=message):
+        BlockMask.build(causal, q, k, block)
+
+
+def test_predicates_must_be_element_wise():
+    with pytest.raises(ValueError, match=r"element-wise: it gave shape \(\)"):
+        BlockMask.build(lambda q, k: (q[0] >= k[0]).all(), np.zeros((1, 4)), np.zeros((1, 4)))
+
+
+def test_repr_names_predicate_and_shape():
+    assert repr(BlockMask.build(causal, np.zeros((1, 3)), np.zeros((1, 4)))) == "BlockMask(causal, 3x4, block=(128, 64))"

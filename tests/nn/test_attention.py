@@ -1,0 +1,161 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen import masks
+from jaxgen.decoding import KVCache
+from jaxgen.nn import SelfAttention, attend
+from jaxgen.orders import scales
+
+pytestmark = pytest.mark.numeric
+
+B, Q, S, H, D = 2, 5, 7, 3, 8
+
+
+def qkv(q=Q, s=S, seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(B, n, H, D)), dtype) for n in (q, s, s)]
+
+
+def reference(q, k, v, allowed=None, scale=D**-0.5):
+    """Softmax attention in float64, a row at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, h, i in np.ndindex(q.shape[0], q.shape[2], q.shape[1]):
+        logits = k[b, :, h] @ q[b, i, h] * scale
+        if allowed is not None:
+            logits = np.where(np.broadcast_to(allowed, (*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]))[b, h, i], logits, -np.inf)
+        weights = np.exp(logits - logits.max())
+        out[b, i, h] = weights @ v[b, :, h] / weights.sum()
+    return out
+
+
+def test_attend_is_softmax_attention():
+    q, k, v = qkv()
+    np.testing.assert_allclose(attend(q, k, v), reference(q, k, v), atol=2e-6)
+    np.testing.assert_allclose(attend(q, k, v, scale=1.3), reference(q, k, v, scale=1.3), atol=5e-6)
+
+
+def test_attend_with_masks():
+    q, k, v = qkv()
+    rng = np.random.default_rng(1)
+    one = rng.random((1, 1, Q, S)) < 0.5
+    one[..., 0] = True
+    each = rng.random((B, H, Q, S)) < 0.5
+    each[..., 2] = True
+    for allowed in (one, each):
+        np.testing.assert_allclose(attend(q, k, v, jnp.asarray(allowed)), reference(q, k, v, allowed), atol=2e-6)
+
+
+def test_block_mask_is_its_dense_mask():
+    mask = masks.block_causal(scales((1, 2, 3)), block=(4, 4))
+    q, k, v = qkv(14, 14)
+    want = reference(q, k, v, mask.dense()[None, None])
+    np.testing.assert_allclose(attend(q, k, v, mask), want, atol=2e-6)
+    np.testing.assert_allclose(attend(q, k, v, jnp.asarray(mask.dense())[None, None]), want, atol=2e-6)
+    assert np.abs(attend(q, k, v) - want).max() > 0.1  # the mask matters
+
+
+def test_softmax_is_float32_in_half_precision():
+    q, k, v = qkv(dtype=jnp.bfloat16)
+    q = q * 8  # logits of tens: their rounding to 8 bits would change the weights by tens of percent
+    got = attend(q, k, v)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(np.float32), reference(q, k, v), atol=0.02)
+
+
+def test_errors():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="implementation='flash' is not one of"):
+        attend(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="'cudnn' needs a GPU and half precision"):
+        attend(q, k, v, implementation="cudnn")
+    with pytest.raises(ValueError, match="does not fit"):
+        attend(q, k, v, masks.block_causal(scales((1, 2))))
+    with pytest.raises(ValueError, match="heads=5 does not divide width 12"):
+        SelfAttention(5).init(jax.random.key(0), jnp.zeros((1, 2, 12)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lengths", "head_size", "masked", "want"),
+    [
+        ("bfloat16", (16, 16), 64, True, "cudnn"),
+        ("bfloat16", (25, 55), 64, False, "cudnn"),
+        ("float32", (16, 16), 64, True, "xla"),
+        ("bfloat16", (21, 21), 64, True, "xla"),  # cuDNN has no masked training kernel for odd lengths
+        ("bfloat16", (16, 16), 640, False, "xla"),  # nor one for heads as wide as the tokenizer's
+        ("float16", (16, 16), 20, False, "xla"),
+    ],
+)
+def test_what_a_gpu_gets_when_nothing_is_named(monkeypatch, dtype, lengths, head_size, masked, want):
+    seen = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, implementation, **__: seen.append(implementation))
+    q, k = (jnp.zeros((1, n, 1, head_size), dtype) for n in lengths)
+    attend(q, k, k, jnp.ones((1, 1, *lengths), bool) if masked else None)
+    assert seen == [want]
+
+
+def projections(params, x):
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
+    q, k, v = np.moveaxis(np.einsum("bld,dphk->blphk", np.asarray(x, np.float64), p["qkv"]["kernel"]), 2, 0)
+    return p, q + p["q_bias"], k, v + p["v_bias"]
+
+
+def project_out(p, out):
+    return np.einsum("blhk,hkd->bld", out, p["proj"]["kernel"]) + p["proj"]["bias"]
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jnp.asarray(np.random.default_rng(4).normal(size=(B, 14, 24)), jnp.float32)
+
+
+def test_self_attention(x, randomize):
+    mask = masks.block_causal(scales((1, 2, 3)))
+    module = SelfAttention(3, scale=0.2, mask=mask)
+    params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
+    out, cache = module.apply(params, x)
+    p, q, k, v = projections(params, x)
+    assert cache is None
+    np.testing.assert_allclose(out, project_out(p, reference(q, k, v, mask.dense(), scale=0.2)), atol=1e-5)
+    default, _ = SelfAttention(3).apply(params, x)
+    np.testing.assert_allclose(default, project_out(p, reference(q, k, v)), atol=1e-5)
+
+
+def test_l2_norm_has_a_clipped_scale_for_each_head(x, randomize):
+    module = SelfAttention(3, l2_norm=True, scale=0.2)  # the scale is for plain attention and is not read here
+    params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
+    params["params"]["log_scale"] = np.array([[0.0], [1.5], [6.0]], np.float32)  # exp(6) = 403 is cut to 100
+    p, q, k, v = projections(params, x)
+    q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
+    q = q * np.array([1.0, math.exp(1.5), 100.0])[:, None]
+    want = project_out(p, reference(q, k, v, scale=1.0))
+    np.testing.assert_allclose(module.apply(params, x)[0], want, atol=3e-5)
+    initial = module.init(jax.random.key(0), x)["params"]["log_scale"]
+    np.testing.assert_allclose(initial, np.full((3, 1), math.log(4)), atol=1e-6)
+
+
+def test_l2_norm_of_nothing_has_a_gradient(x, randomize):
+    module = SelfAttention(3, l2_norm=True)
+    params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
+    # Keys have no bias, so the keys of a zero input are zero vectors.
+    grads = jax.grad(lambda p, x: jnp.sum(jnp.square(module.apply(p, x)[0])), (0, 1))(params, jnp.zeros_like(x))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("l2_norm", [False, True])
+def test_a_cache_in_pieces_is_the_masked_whole(x, randomize, l2_norm):
+    order = scales((1, 2, 3))
+    module = SelfAttention(3, l2_norm=l2_norm, mask=masks.block_causal(order))
+    params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
+    whole, _ = module.apply(params, x)
+    cache = KVCache.zeros(layers=2, batch=B, capacity=14, heads=3, head_size=8)
+    for step, part in enumerate(order.split(x)):
+        out, cache = module.apply(params, part, cache, 1)
+        cache = cache.commit(part.shape[1])
+        np.testing.assert_allclose(out, order.split(whole)[step], atol=2e-6)
+    assert not np.any(cache.k[0]) and np.all(np.any(cache.k[1], axis=(0, 2, 3)))

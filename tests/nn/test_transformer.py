@@ -1,0 +1,169 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen import masks
+from jaxgen.decoding import KVCache
+from jaxgen.nn import AdaLNTransformer
+from jaxgen.orders import scales
+
+pytestmark = pytest.mark.numeric
+
+ORDER = scales((1, 2))
+WIDTH, HEADS, DEPTH = 16, 2, 3
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(2, 5, WIDTH)).astype(np.float32)
+COND = RNG.normal(size=(2, WIDTH)).astype(np.float32)
+
+
+def build(**kwargs):
+    return AdaLNTransformer(WIDTH, HEADS, DEPTH, mask=masks.block_causal(ORDER), **kwargs)
+
+
+def unrolled_params(module, randomize):
+    return randomize(jax.eval_shape(module.clone(scan_layers=False).init, jax.random.key(0), X, COND))
+
+
+def stacked(params):
+    inner = dict(params["params"])
+    blocks = [inner.pop(f"blocks_{i}") for i in range(DEPTH)]
+    return {"params": {**inner, "blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}}
+
+
+def reference(params, x, cond, *, shared, l2_norm, scale):
+    """The stack in float64, from Peebles & Xie's block and the published order of the six vectors."""
+    p = jax.tree.map(np.float64, params["params"])
+    x, cond = np.float64(x), np.float64(cond)
+    allowed = ORDER.step_of[:, None] >= ORDER.step_of[None]
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    def six(cond, dense):
+        return np.einsum("bd,dpw->bpw", cond / (1 + np.exp(-cond)), dense["kernel"]) + dense["bias"]
+
+    for i in range(DEPTH):
+        b = p[f"blocks_{i}"]
+        ada = six(cond, p["shared_ada"]) + b["ada"]["offset"] if shared else six(cond, b["ada"]["dense"])
+        gate1, gate2, scale1, scale2, shift1, shift2 = np.moveaxis(ada[:, :, None], 1, 0)
+        h = norm(x) * (1 + scale1) + shift1
+        q, k, v = np.moveaxis(np.einsum("bld,dphk->bplhk", h, b["attention"]["qkv"]["kernel"]), 1, 0)
+        q, v = q + b["attention"]["q_bias"], v + b["attention"]["v_bias"]
+        if l2_norm:
+            q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
+            q = q * np.exp(b["attention"]["log_scale"])
+        logits = np.einsum("bqhk,bshk->bhqs", q, k) * (1.0 if l2_norm else scale)
+        weights = np.exp(np.where(allowed, logits, -np.inf))
+        out = np.einsum("bhqs,bshk->bqhk", weights / weights.sum(-1, keepdims=True), v)
+        x = x + gate1 * (np.einsum("blhk,hkd->bld", out, b["attention"]["proj"]["kernel"]) + b["attention"]["proj"]["bias"])
+        h = (norm(x) * (1 + scale2) + shift2) @ b["mlp"]["fc1"]["kernel"] + b["mlp"]["fc1"]["bias"]
+        h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+        x = x + gate2 * (h @ b["mlp"]["fc2"]["kernel"] + b["mlp"]["fc2"]["bias"])
+    return x
+
+
+@pytest.mark.parametrize(("shared", "l2_norm", "scale"), [(False, True, None), (True, False, 0.1)])
+def test_unrolled_and_scanned_are_the_equations(randomize, shared, l2_norm, scale):
+    module = build(shared_adaln=shared, l2_norm=l2_norm, attention_scale=scale)
+    params = unrolled_params(module, randomize)
+    want = reference(params, X, COND, shared=shared, l2_norm=l2_norm, scale=scale)
+    unrolled, cache = module.apply(params, X, COND)
+    scanned, _ = module.clone(scan_layers=True).apply(stacked(params), X, COND)
+    assert cache is None
+    np.testing.assert_allclose(unrolled, want, atol=2e-5)
+    np.testing.assert_allclose(scanned, want, atol=2e-5)
+
+
+def test_shared_modulation_is_one_projection_and_an_offset_a_block(randomize):
+    params = unrolled_params(build(shared_adaln=True), randomize)["params"]
+    assert params["shared_ada"]["kernel"].shape == (WIDTH, 6, WIDTH)
+    assert [params[f"blocks_{i}"]["ada"]["offset"].shape for i in range(DEPTH)] == [(6, WIDTH)] * DEPTH
+    assert "shared_ada" not in unrolled_params(build(), randomize)["params"]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_cache_in_pieces_is_the_whole(randomize, scan):
+    module = build(l2_norm=True, scan_layers=scan)
+    params = unrolled_params(module, randomize)
+    params = stacked(params) if scan else params
+    whole, _ = module.apply(params, X, COND)
+    step = jax.jit(module.apply)
+    cache = KVCache.zeros(layers=DEPTH, batch=2, capacity=5, heads=HEADS, head_size=WIDTH // HEADS)
+    for part, want in zip(ORDER.split(X), ORDER.split(whole)):
+        out, cache = step(params, part, COND, cache)
+        cache = cache.commit(part.shape[1])
+        np.testing.assert_allclose(out, want, atol=3e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_changes_neither_values_nor_gradients(randomize, scan):
+    params = unrolled_params(build(), randomize)
+    params = stacked(params) if scan else params
+
+    def value_and_grad(remat):
+        module = build(scan_layers=scan, remat=remat)
+        loss = lambda p: jnp.mean(jnp.square(module.apply(p, X, COND)[0]))
+        assert ("remat" in str(jax.make_jaxpr(jax.grad(loss))(params)) or "checkpoint" in str(jax.make_jaxpr(loss)(params))) == remat
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (value, grads), (value2, grads2) = value_and_grad(False), value_and_grad(True)
+    np.testing.assert_allclose(value, value2, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, grads2)
+
+
+def test_half_precision_is_close_and_keeps_float32_parameters(randomize):
+    module = build(l2_norm=True)
+    params = unrolled_params(module, randomize)
+    want, _ = module.apply(params, X, COND)
+    half = module.clone(dtype=jnp.bfloat16)
+    got, _ = half.apply(params, X, COND)
+    assert got.dtype == jnp.bfloat16
+    error = np.abs(got.astype(np.float32) - want).max() / np.abs(want).max()
+    assert 1e-4 < error < 0.03, error
+    initial = jax.eval_shape(half.init, jax.random.key(0), X, COND)
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype(jnp.float32)}
+
+
+def test_initial_scales():
+    module = AdaLNTransformer(64, 2, 8, init_std=0.05, gate_init=1e-3, rest_init=0.5, mlp_ratio=3.0, scan_layers=True)
+    p = module.init(jax.random.key(0), np.zeros((1, 5, 64), np.float32), np.zeros((1, 64), np.float32))["params"]["blocks"]
+    assert p["mlp"]["fc1"]["kernel"].shape == (8, 64, 192)
+    stds = [p["attention"]["qkv"], p["mlp"]["fc1"], p["attention"]["proj"], p["mlp"]["fc2"]]
+    want = [0.05, 0.05, 0.05 / 4, 0.05 / 4]  # output projections are divided by sqrt(2 depth)
+    np.testing.assert_allclose([leaf["kernel"].std() for leaf in stds], want, rtol=0.03)
+    np.testing.assert_allclose(p["ada"]["dense"]["kernel"].std(axis=(0, 1, 3)), [5e-5] * 2 + [0.025] * 4, rtol=0.05)
+    # Each layer is drawn on its own.
+    assert np.abs(np.diff(p["mlp"]["fc1"]["kernel"], axis=0)).min(axis=(1, 2)).max() > 0
+    assert np.std(np.diff(p["mlp"]["fc1"]["kernel"], axis=0)) > 0.05
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_drop_path_drops_rows_of_branches(randomize, scan):
+    """With a zero MLP gate the last block adds one branch: a row keeps it, enlarged by 1 / (1 - rate), or loses it."""
+    rows, rate = 4000, 0.4
+    module = AdaLNTransformer(8, 1, 2, drop_path_rate=rate, scan_layers=scan)
+    x = np.broadcast_to(RNG.normal(size=(1, 2, 8)), (rows, 2, 8)).astype(np.float32)
+    cond = np.broadcast_to(RNG.normal(size=(1, 8)), (rows, 8)).astype(np.float32)
+    params = randomize(jax.eval_shape(module.init, jax.random.key(0), x, cond))
+
+    blocks = params["params"]
+    dense = blocks["blocks"]["ada"]["dense"] if scan else blocks["blocks_1"]["ada"]["dense"]
+    last = (1,) if scan else ()
+    for name in ("kernel", "bias"):  # part 1 is the gate of the MLP
+        dense[name][(*last, ..., 1, slice(None))] = 0
+    plain, _ = module.apply(params, x, cond)
+    first = {"params": {"blocks_0": jax.tree.map(lambda p: p[0], blocks["blocks"]) if scan else blocks["blocks_0"]}}
+    before, _ = AdaLNTransformer(8, 1, 1).apply(first, x[:1], cond[:1])
+    branch = plain[:1] - before
+
+    dropped, _ = module.apply(params, x, cond, train=True, rngs={"dropout": jax.random.key(5)})
+    kept = np.abs(dropped - before).max(axis=(1, 2)) > 1e-6
+    np.testing.assert_allclose(dropped[~kept], np.broadcast_to(before, dropped[~kept].shape), atol=1e-6)
+    want = np.broadcast_to(before + branch / (1 - rate), dropped[kept].shape)
+    np.testing.assert_allclose(dropped[kept], want, atol=2e-5)
+    z = (kept.sum() - rows * (1 - rate)) / np.sqrt(rows * rate * (1 - rate))
+    assert abs(z) < 4, z
+
+    # The first block's rate is 0, sampling never drops, and rate 0 needs no random numbers.
+    np.testing.assert_array_equal(module.clone(drop_path_rate=0.0).apply(params, x, cond, train=True)[0], plain)
