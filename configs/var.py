@@ -67,21 +67,21 @@ def _digits() -> NextScaleConfig:
             ch=32, ch_mult=(1, 2), res_blocks=1, groups=8, vocab=128, width=8, patch_nums=(1, 2, 3, 4), codebook_init=0.1
         ),
         tokenizer_train=TokenizerTrainConfig(
-            steps=1200,
+            steps=700,
             batch_size=64,
             perceptual_weight=0.0,
             adversarial_weight=0.0,
             revive_every=25,
             optim=OptimConfig(lr=1e-3, warmup_steps=50, schedule="cosine", lr_end=0.05, weight_decay=0.0, clip=1.0),
         ),
-        model=ModelConfig(depth=4, width=128, heads=4, num_classes=10, gate_init=0.1),
+        model=ModelConfig(depth=3, width=128, heads=4, num_classes=10, gate_init=0.1),
         model_train=ModelTrainConfig(
-            steps=900,
+            steps=700,
             batch_size=64,
             ema=0.99,
             optim=OptimConfig(lr=1e-3, warmup_steps=50, schedule="cosine", lr_end=0.05, clip=2.0, no_decay=NO_DECAY),
         ),
-        classifier=ClassifierConfig(steps=300, batch_size=64, width=16, lr=3e-3),
+        classifier=ClassifierConfig(steps=200, batch_size=128, width=16, lr=5e-3),
         run=RunConfig(save_every=500, eval_every=500),
     )
 

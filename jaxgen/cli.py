@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
-from jaxgen.train import Interrupted, NonFiniteError, load_params
+from jaxgen.train import Interrupted, NonFiniteError, load_config, load_params
 
 __all__ = ["comma_separated", "load_config_file", "open_workdir", "run"]
 
@@ -66,14 +64,7 @@ def open_workdir(
     Raises:
       ValueError: not a work directory, or a stage without a checkpoint.
     """
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"--workdir {workdir}: no config.json there; train or convert into it first")
-    try:
-        tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    recipe = config_lib.from_json(tree).recipe().override(edits)
+    recipe = load_config(workdir).recipe().override(edits)
     return recipe, {stage.name: load_params(workdir, stage.name, step)[0] for stage in recipe.stages}
 
 

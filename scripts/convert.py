@@ -37,8 +37,7 @@ def import_checkpoints(args):
     model = var.load(
         generator=args.generator, tokenizer=args.tokenizer, patch_nums=patch_nums, num_heads=args.num_heads
     )
-    recipe = next_scale.config_of(model.generator, model.tokenizer).recipe()
-    save_config(args.workdir, recipe)
+    save_config(args.workdir, next_scale.config_of(model.generator, model.tokenizer))
     save_params(args.workdir, "tokenizer", {"tokenizer": model.params["tokenizer"]})
     save_params(args.workdir, "generator", {"generator": model.params["generator"]})
     print(f"{args.workdir}: depth {model.generator.depth}, scales {model.patch_nums}, {model.num_classes} classes")

@@ -2,6 +2,7 @@
 samples, measures, and leaves pictures and numbers in the work directory. `make demo` runs it."""
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -57,13 +58,17 @@ def write_pictures(recipe, params, workdir: Path, images: np.ndarray) -> None:
 
     tokenizer, variables = recipe.config.build_tokenizer(), modules(params)["tokenizer"]
     originals = pixels(next(iter(held_out(recipe.config.data, batch_size=12, limit=12)))["image"])
-    tokens = tokenizer.apply(variables, originals, method="encode")
-    decoded = tokenizer.apply(variables, tokens, method="decode")
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def apply(*args, method):
+        return tokenizer.apply(variables, *args, method=method)
+
+    decoded = apply(apply(originals, method="encode"), method="decode")
     picture = pictures.rows([np.asarray(originals), np.asarray(decoded)], ["original", "tokens"], scale=scale)
     pictures.save_png(workdir / "reconstructions.png", picture)
 
     tokens = recipe.sample(params, jax.random.key(1), jnp.arange(min(classes, 10)))["tokens"]
-    steps = np.asarray(tokenizer.apply(variables, tokens, method="decode_scales"))
+    steps = np.asarray(apply(tokens, method="decode_scales"))
     names = [f"{h}x{w}" for h, w in tokenizer.order.shapes]
     pictures.save_png(workdir / "scales.png", pictures.rows(steps, names, scale=scale))
 

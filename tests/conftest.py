@@ -65,6 +65,8 @@ def tiny():
         "generator": random_params(generator.param_shapes(tokenizer.width), seed=2),
     }
     params = jax.tree.map(jax.numpy.asarray, params)
+    # Features as long as the codes, so that many codes occur.
+    params["tokenizer"]["params"]["quant_conv"]["kernel"] *= 4
     # Logits with a standard deviation of about 1.5: neither uniform nor decided.
     params["generator"]["params"]["head"]["head"]["kernel"] *= 1.5
     return types.SimpleNamespace(

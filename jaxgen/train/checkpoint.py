@@ -139,13 +139,19 @@ class Checkpoints:
         """Whether the checkpoint can be resumed; one of `save_params` holds only weights."""
         return "step" in reading.metadata(reading.find(self.directory, step))
 
-    def restore_weights(self, abstract: TrainState, step: int | None = None) -> tuple[PyTree, PyTree]:
-        """`(params, state)` of a checkpoint of weights, placed and checked as in `restore`."""
-        wanted = {"params": abstract.params, "state": abstract.state}
+    def restore_weights(self, abstract: TrainState, step: int | None = None) -> tuple[dict[str, PyTree], PyTree | None]:
+        """`(params, state)` of a checkpoint of weights, placed and checked as in `restore`.
+
+        It may hold only some of the modules, the entries of `params`, and no state, which is then `None`.
+        """
         path = reading.find(self.directory, step)
+        saved = reading.metadata(path)
+        wanted = {"params": {name: tree for name, tree in abstract.params.items() if name in saved["params"]}}
+        if jax.tree.leaves(saved["state"]):
+            wanted["state"] = abstract.state
         reading.check_fit(path, wanted)
         restored = reading.restore_tree(path, wanted)
-        return restored["params"], restored["state"]
+        return restored["params"], restored.get("state")
 
 
 def load_params(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import jax
 
-__all__ = ["MetricsLog", "Progress"]
+__all__ = ["MetricsLog", "Progress", "write_json"]
 
 
 class MetricsLog:
@@ -48,7 +49,8 @@ class MetricsLog:
 
     def __exit__(self, *error) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # every row was flushed, or its failure raised
+                self._file.close()
         if self._board:
             self._board.close()
         if self._wandb:
@@ -63,25 +65,32 @@ class MetricsLog:
         if self._file:
             self._file.close()
             self._file = None
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self.path)
+        with self._writable():
+            _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Appends one row; it is on its way to the disk when this returns."""
         if not self._on:
             return
-        if self._file is None:
-            self._file = self.path.open("a")
         values = {name: float(value) for name, value in metrics.items()}
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"stage": stage, "step": step, **row}) + "\n")
-        self._file.flush()
+        with self._writable():
+            if self._file is None:
+                self._file = self.path.open("a")
+            self._file.write(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+            self._file.flush()
         for name, value in values.items():
             if self._board:
                 self._board.add_scalar(f"{stage}/{name}", value, step)
         if self._wandb:
             self._wandb.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"cannot write {self.path}: {error.strerror or error}") from error
 
 
 def _parse(line: str) -> dict | None:
@@ -133,7 +142,8 @@ class Progress:
         rate = (step - before) / max(now - then, 1e-9)
         left = _duration((self._total - step) / rate) if rate else "unknown time"
         values = "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
-        self._log(f"{self._stage} {step}/{self._total}  {values}  {rate:.3g} steps/s  {left} left")
+        digits = "0f" if rate >= 100 else "3g"
+        self._log(f"{self._stage} {step}/{self._total}  {values}  {rate:.{digits}} steps/s  {left} left")
 
 
 def _duration(seconds: float) -> str:
@@ -146,6 +156,10 @@ def _duration(seconds: float) -> str:
 
 def write_json(path: Path, tree: dict) -> None:
     """Writes `tree` so that the file is never seen half-written."""
+    _replace(path, json.dumps(tree, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -16,13 +17,14 @@ from jaxtyping import PRNGKeyArray
 
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train.checkpoint import Checkpoints, load_params
+from jaxgen.train.evaluation import evaluate
 from jaxgen.train.interrupt import Interrupted, signals
 from jaxgen.train.log import MetricsLog, Progress
-from jaxgen.train.mesh import make_mesh, replicated, shard_batch, shardings
+from jaxgen.train.mesh import make_mesh, shard_batch, shardings
 from jaxgen.train.step import TrainState, abstract_state, init_state, make_step
 from jaxgen.train.workdir import save_config
 
-__all__ = ["NonFiniteError", "RunConfig", "StageResult", "evaluate", "train"]
+__all__ = ["NonFiniteError", "RunConfig", "StageResult", "train"]
 
 PyTree = Any
 
@@ -94,7 +96,8 @@ def train(
     """Trains what is not yet trained of `recipe` in `workdir`.
 
     `workdir` receives `config.json` (the recipe's configuration), `metrics.jsonl` and `checkpoints/<stage>/`. Called again,
-    finished stages are loaded and a started one goes on where its last checkpoint left it, data included.
+    finished stages are loaded and a started one goes on where its last checkpoint left it, data included; of the
+    configuration, only the stages' `steps` and the fields of `RunConfig` other than `seed` may have changed by then.
 
     Args:
       recipe: the stages.
@@ -116,7 +119,7 @@ def train(
     mesh = make_mesh() if mesh is None else mesh
     say = log if jax.process_index() == 0 else lambda line: None
     _check_stages(recipe.stages)
-    save_config(workdir, recipe.config, may_differ=("steps", *(f"{stage.name}_steps" for stage in recipe.stages)))
+    save_config(workdir, recipe.config, may_differ=_may_differ(recipe))
     done = {}
     with MetricsLog(workdir, tensorboard=run.tensorboard, wandb=run.wandb) as rows, signals() as stop:
         for index, stage in enumerate(recipe.stages):
@@ -133,35 +136,6 @@ def train(
     return done
 
 
-def evaluate(stage: Stage, mesh: Mesh, params: PyTree, state: PyTree, frozen: dict, stop=lambda: False) -> dict[str, float]:
-    """Means of `stage.eval_loss` over the examples of `stage.eval_data`.
-
-    Args:
-      stage: has `eval_loss` and `eval_data`.
-      mesh, params, state, frozen: as in training.
-      stop: asked before each batch; once true, the result is empty.
-
-    Raises:
-      ValueError: there are no examples.
-    """
-    eval_step = jax.jit(stage.eval_loss)
-    key, parts = jax.random.key(0), mesh.shape["data"] * mesh.shape["fsdp"]
-    total, count = {}, 0
-    for index, batch in enumerate(stage.eval_data(jax.process_index(), jax.process_count())):
-        if stop():
-            return {}
-        size = len(jax.tree.leaves(batch)[0])
-        # The last batch may be too small to be split: every device then computes all of it.
-        whole = size % parts and jax.process_count() == 1
-        batch = jax.device_put(batch, replicated(mesh)) if whole else shard_batch(mesh, batch)
-        metrics = eval_step(params, state, batch, jax.random.fold_in(key, index), frozen)
-        total = {name: total.get(name, 0.0) + size * value for name, value in metrics.items()}
-        count += size
-    if not count:
-        raise ValueError(f"stage {stage.name!r}: eval_data has no examples")
-    return {name: float(value) / count for name, value in total.items()}
-
-
 class _Training:
     """One stage's loop."""
 
@@ -172,14 +146,18 @@ class _Training:
         self.in_flight: deque[tuple[int, dict]] = deque()
 
     def run(self, key: PRNGKeyArray) -> StageResult:
+        """Trains to the end, from the last checkpoint if there is one."""
+        stage = self.stage
+        with contextlib.closing(iter(stage.data(jax.process_index(), jax.process_count()))) as data:
+            return self._loop(key, data)
+
+    def _loop(self, key: PRNGKeyArray, data: Any) -> StageResult:
         stage, run = self.stage, self.run_config
-        data = iter(stage.data(jax.process_index(), jax.process_count()))
         train_state = self._start(key, data)
         step = int(train_state.step)
         self.rows.rewind(stage.name, step)
         best = self.checkpoints.best_loss()
-        update = None
-        metrics: dict[str, float] = {}
+        update, metrics = None, {}
         while step < stage.steps:
             batch = shard_batch(self.mesh, self._next(data, step))
             if update is None:
@@ -193,14 +171,15 @@ class _Training:
             metrics, end = {}, step == stage.steps
             if run.eval_every and stage.eval_data is not None and (end or step % run.eval_every == 0):
                 metrics = self._evaluate(train_state, step)
-            better = metrics.get("loss", np.inf) < best
-            if end or better or self.stop() or step % run.save_every == 0:
+            better, stop = metrics.get("loss", np.inf) < best, self.stop()
+            if better:
+                best = metrics["loss"]
+            if end or better or stop or step % run.save_every == 0:
                 self._look(0)
                 self.checkpoints.save(step, train_state, data, metrics)
-            best = min(best, metrics.get("loss", np.inf))
-            if self.stop():
+            if stop:
                 self.checkpoints.wait()
-                raise Interrupted(self.stop(), stage.name, step)
+                raise Interrupted(stop, stage.name, step)
         if self.checkpoints.latest() is None and not stage.steps:
             self.checkpoints.save(step, train_state, data)
         self.checkpoints.wait()
@@ -214,11 +193,12 @@ class _Training:
             return init_state(stage, key, self.mesh, self.frozen)
         abstract = abstract_state(stage, self.mesh, self.frozen)
         if not self.checkpoints.has_training_state(step):
-            self.say(f"{stage.name} starts from given weights: {stage.steps} steps")
-            params, state = self.checkpoints.restore_weights(abstract, step)
+            given, state = self.checkpoints.restore_weights(abstract, step)
+            self.say(f"{stage.name} starts from the given weights of {', '.join(sorted(given))}: {stage.steps} steps")
             fresh = init_state(stage, key, self.mesh, self.frozen)
+            params = {**fresh.params, **given}
             ema = None if fresh.ema is None else jax.tree.map(lambda x: x.copy(), params)
-            return fresh.replace(params=params, state=state, ema=ema)
+            return fresh.replace(params=params, state=fresh.state if state is None else state, ema=ema)
         train_state = self.checkpoints.restore(abstract, data, step)
         _, expected = jax.random.split(key)
         if not np.array_equal(jax.random.key_data(train_state.key), jax.random.key_data(expected)):
@@ -247,9 +227,10 @@ class _Training:
             finite = bool(row.pop("finite"))
             due = not finite or step % self.run_config.log_every == 0 or step == self.stage.steps
             if due:
-                self.last = {name: float(value) for name, value in row.items()}
+                self.last = {name: float(value) for name, value in jax.device_get(row).items()}
                 self.rows.write(self.stage.name, step, self.last)
             if not finite:
+                self.checkpoints.wait()
                 raise NonFiniteError(
                     f"stage {self.stage.name!r} step {step}: loss {self.last['loss']}, gradient norm "
                     f"{self.last['grad_norm']}; the last good checkpoint is step {self.checkpoints.latest()} in "
@@ -272,6 +253,12 @@ def _load(workdir: Path, stage: Stage, mesh: Mesh, step: int) -> StageResult:
     return StageResult(params, state, step, {})
 
 
+def _may_differ(recipe: Recipe) -> set[str]:
+    """Fields of the configuration that a run may go on with after they changed."""
+    run = {field.name for field in dataclasses.fields(RunConfig)} - {"seed"}
+    return run | {"steps"} | {f"{stage.name}_steps" for stage in recipe.stages}
+
+
 def _check_stages(stages: tuple[Stage, ...]) -> None:
     for index, stage in enumerate(stages):
         before = [earlier.name for earlier in stages[:index]]
@@ -280,3 +267,12 @@ def _check_stages(stages: tuple[Stage, ...]) -> None:
         for name in stage.needs:
             if name not in before:
                 raise ValueError(f"stage {stage.name!r} needs {name!r}, which is not an earlier stage: {before}")
+        if (stage.eval_data is None) != (stage.eval_loss is None):
+            raise ValueError(f"stage {stage.name!r} has only one of eval_data and eval_loss")
+        for field, fine in (
+            ("steps", stage.steps >= 0),
+            ("accumulate", stage.accumulate >= 1),
+            ("ema", 0 <= stage.ema < 1),
+        ):
+            if not fine:
+                raise ValueError(f"stage {stage.name!r}: {field}={getattr(stage, field)} is out of range")

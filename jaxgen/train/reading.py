@@ -76,8 +76,9 @@ def find(directory: Path, step: int | str | None) -> Path:
 
 
 def eval_loss(metrics: dict | None) -> float:
-    """The loss that ranks a checkpoint; infinite if it was not evaluated."""
-    return float((metrics or {}).get("loss", np.inf))
+    """The loss that ranks a checkpoint; infinite if it was not evaluated, or to no number."""
+    loss = float((metrics or {}).get("loss", np.inf))
+    return np.inf if np.isnan(loss) else loss
 
 
 def read_loss(path: Path) -> float:

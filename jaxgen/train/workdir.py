@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 
 from jaxgen import config as config_lib
+from jaxgen.train.log import write_json
 
 __all__ = ["load_config", "save_config"]
 
@@ -38,9 +38,7 @@ def save_config(workdir: str | Path, config: Any, may_differ: Iterable[str] = ()
     if jax.process_index() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".json.tmp")
-            temporary.write_text(json.dumps(new, indent=2) + "\n")
-            os.replace(temporary, path)
+            write_json(path, new)
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 

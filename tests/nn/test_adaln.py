@@ -35,17 +35,19 @@ def test_modulation_is_six_projections_of_the_condition(randomize):
     params = randomize(jax.eval_shape(module.init, jax.random.key(0), COND))
     dense = params["params"]["dense"]
     want = np.stack([silu(COND.astype(np.float64)) @ dense["kernel"][:, i] + dense["bias"][i] for i in range(6)], axis=1)
-    np.testing.assert_allclose(module.apply(params, COND), want, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(module.apply)(params, COND), want, atol=2e-6)
 
 
 def test_initial_gates_and_the_rest_have_their_own_scale():
     cond = np.ones((1, 64), np.float32)
     init = nn.initializers.normal(1.0)
-    dense = Modulation(256, kernel_init=init, gate_init=1e-3, rest_init=0.5).init(jax.random.key(0), cond)["params"]["dense"]
+    module = Modulation(256, kernel_init=init, gate_init=1e-3, rest_init=0.5)
+    dense = jax.jit(module.init)(jax.random.key(0), cond)["params"]["dense"]
     np.testing.assert_allclose(dense["kernel"].std(axis=(0, 2)), [1e-3] * 2 + [0.5] * 4, rtol=0.05)
     assert not np.any(dense["bias"])
     shared = np.zeros((1, 6, 4096), np.float32)
-    offset = SharedModulation(gate_init=1e-3, rest_init=0.5).init(jax.random.key(0), shared)["params"]["offset"]
+    module = SharedModulation(gate_init=1e-3, rest_init=0.5)
+    offset = jax.jit(module.init)(jax.random.key(0), shared)["params"]["offset"]
     np.testing.assert_allclose(offset.std(axis=1) * 64, [1e-3] * 2 + [0.5] * 4, rtol=0.05)
 
 
@@ -62,13 +64,14 @@ def test_head(randomize):
     p = jax.tree.map(np.float64, params["params"])
     scale, shift = (silu(COND.astype(np.float64)) @ p["ada"]["kernel"][:, i] + p["ada"]["bias"][i] for i in range(2))
     want = (norm(X) * (1 + scale[:, None]) + shift[:, None]) @ p["head"]["kernel"] + p["head"]["bias"]
-    np.testing.assert_allclose(module.apply(params, X, COND), want, atol=5e-6)
-    assert module.apply(params, jnp.asarray(X, jnp.bfloat16), COND).dtype == jnp.float32
+    apply = jax.jit(module.apply)
+    np.testing.assert_allclose(apply(params, X, COND), want, atol=5e-6)
+    assert apply(params, jnp.asarray(X, jnp.bfloat16), COND).dtype == jnp.float32
 
 
 def test_head_init_scales_the_classifier():
     def kernel(factor):
         module = AdaLNHead(11, head_init=factor)
-        return module.init(jax.random.key(0), X, COND)["params"]["head"]["kernel"]
+        return jax.jit(module.init)(jax.random.key(0), X, COND)["params"]["head"]["kernel"]
 
     np.testing.assert_allclose(kernel(0.02), 0.02 * kernel(1.0), rtol=1e-5)

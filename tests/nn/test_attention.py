@@ -118,11 +118,11 @@ def test_self_attention(x, randomize):
     mask = masks.block_causal(scales((1, 2, 3)))
     module = SelfAttention(3, scale=0.2, mask=mask)
     params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
-    out, cache = module.apply(params, x)
+    out, cache = jax.jit(module.apply)(params, x)
     p, q, k, v = projections(params, x)
     assert cache is None
     np.testing.assert_allclose(out, project_out(p, reference(q, k, v, mask.dense(), scale=0.2)), atol=1e-5)
-    default, _ = SelfAttention(3).apply(params, x)
+    default, _ = jax.jit(SelfAttention(3).apply)(params, x)
     np.testing.assert_allclose(default, project_out(p, reference(q, k, v)), atol=1e-5)
 
 
@@ -134,8 +134,8 @@ def test_l2_norm_has_a_clipped_scale_for_each_head(x, randomize):
     q, k = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
     q = q * np.array([1.0, math.exp(1.5), 100.0])[:, None]
     want = project_out(p, reference(q, k, v, scale=1.0))
-    np.testing.assert_allclose(module.apply(params, x)[0], want, atol=3e-5)
-    initial = module.init(jax.random.key(0), x)["params"]["log_scale"]
+    np.testing.assert_allclose(jax.jit(module.apply)(params, x)[0], want, atol=3e-5)
+    initial = jax.jit(module.init)(jax.random.key(0), x)["params"]["log_scale"]
     np.testing.assert_allclose(initial, np.full((3, 1), math.log(4)), atol=1e-6)
 
 
@@ -143,7 +143,7 @@ def test_l2_norm_of_nothing_has_a_gradient(x, randomize):
     module = SelfAttention(3, l2_norm=True)
     params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
     # Keys have no bias, so the keys of a zero input are zero vectors.
-    grads = jax.grad(lambda p, x: jnp.sum(jnp.square(module.apply(p, x)[0])), (0, 1))(params, jnp.zeros_like(x))
+    grads = jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.square(module.apply(p, x)[0])), (0, 1)))(params, jnp.zeros_like(x))
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
@@ -152,10 +152,11 @@ def test_a_cache_in_pieces_is_the_masked_whole(x, randomize, l2_norm):
     order = scales((1, 2, 3))
     module = SelfAttention(3, l2_norm=l2_norm, mask=masks.block_causal(order))
     params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
-    whole, _ = module.apply(params, x)
+    whole, _ = jax.jit(module.apply)(params, x)
+    step = jax.jit(module.apply)
     cache = KVCache.zeros(layers=2, batch=B, capacity=14, heads=3, head_size=8)
-    for step, part in enumerate(order.split(x)):
-        out, cache = module.apply(params, part, cache, 1)
+    for part, want in zip(order.split(x), order.split(whole)):
+        out, cache = step(params, part, cache, 1)
         cache = cache.commit(part.shape[1])
-        np.testing.assert_allclose(out, order.split(whole)[step], atol=2e-6)
+        np.testing.assert_allclose(out, want, atol=2e-6)
     assert not np.any(cache.k[0]) and np.all(np.any(cache.k[1], axis=(0, 2, 3)))

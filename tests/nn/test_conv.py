@@ -34,7 +34,7 @@ def silu(x):
 
 def make(module, randomize, x=X):
     variables = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
-    return np.asarray(module.apply(variables, x)), variables["params"]
+    return np.asarray(jax.jit(module.apply)(variables, x)), variables["params"]
 
 
 @pytest.mark.parametrize("channels", [8, 12])
@@ -50,10 +50,11 @@ def test_res_block(randomize, channels):
 
 def test_res_block_dropout_is_for_training():
     module = ResBlock(8, groups=4, dropout=0.5)
-    variables = module.init(jax.random.key(0), X)
-    plain = module.apply(variables, X)
-    np.testing.assert_array_equal(plain, ResBlock(8, groups=4).apply(variables, X))
-    dropped = module.apply(variables, X, True, rngs={"dropout": jax.random.key(1)})
+    variables = jax.jit(module.init)(jax.random.key(0), X)
+    apply = jax.jit(module.apply, static_argnums=2)
+    plain = apply(variables, X)
+    np.testing.assert_array_equal(plain, jax.jit(ResBlock(8, groups=4).apply)(variables, X))
+    dropped = apply(variables, X, True, rngs={"dropout": jax.random.key(1)})
     assert np.abs(dropped - plain).max() > 1e-2
 
 

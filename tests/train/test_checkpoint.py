@@ -78,7 +78,7 @@ def test_load_params_gives_the_average_if_one_is_kept(tmp_path, saved, state, st
 def test_keeps_the_last_n_and_the_best(tmp_path, stage, state):
     with Checkpoints(tmp_path, "first", keep=2) as checkpoints:
         assert checkpoints.best_loss() == np.inf
-        for step, loss in enumerate([5.0, 1.0, None, 3.0, None], start=1):
+        for step, loss in enumerate([np.nan, 1.0, None, 3.0, None], start=1):
             checkpoints.save(step, state, iterator(stage), None if loss is None else {"loss": loss, "psnr": -loss})
         checkpoints.wait()
         assert checkpoints.steps() == [2, 4, 5]
@@ -213,9 +213,17 @@ def test_save_params(tmp_path, stage, state, mesh):
         save_params(tmp_path, "first", params)
     with Checkpoints(tmp_path, "first") as checkpoints:
         assert not checkpoints.has_training_state()
-        same(checkpoints.restore_weights(abstract_state(stage, mesh, {}))[0], state.ema)
+        got, other = checkpoints.restore_weights(abstract_state(stage, mesh, {}))
+        same(got, state.ema)
+        assert int(other["seen"]) == 7
     save_params(tmp_path, "bare", params)
     assert load_params(tmp_path, "bare")[1] == ()
+    with Checkpoints(tmp_path, "bare") as checkpoints:
+        assert checkpoints.restore_weights(abstract_state(stage, mesh, {}))[1] is None
+    save_params(tmp_path, "other", {"unknown": params["params"]})
+    with Checkpoints(tmp_path, "other") as checkpoints:
+        with pytest.raises(ValueError, match=r"params/unknown/in/bias float32\[8\] is not in the model"):
+            checkpoints.restore_weights(abstract_state(stage, mesh, {}))
 
 
 def test_saved_arrays_may_be_donated(tmp_path, stage, state):

@@ -1,0 +1,52 @@
+"""Held-out metrics of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxgen.recipe import Stage
+from jaxgen.train.mesh import replicated, shard_batch
+
+__all__ = ["evaluate"]
+
+PyTree = Any
+
+
+def evaluate(
+    stage: Stage,
+    mesh: Mesh,
+    params: PyTree,
+    state: PyTree,
+    frozen: dict,
+    stop: Callable[[], int | bool] = lambda: False,
+) -> dict[str, float]:
+    """Means of `stage.eval_loss` over the examples of `stage.eval_data`.
+
+    Args:
+      stage: has `eval_loss` and `eval_data`.
+      mesh, params, state, frozen: as in training.
+      stop: asked before each batch; once true, the result is empty.
+
+    Raises:
+      ValueError: there are no examples.
+    """
+    eval_step = jax.jit(stage.eval_loss)
+    key, parts = jax.random.key(0), mesh.shape["data"] * mesh.shape["fsdp"]
+    total, count = {}, 0
+    for index, batch in enumerate(stage.eval_data(jax.process_index(), jax.process_count())):
+        if stop():
+            return {}
+        size = len(jax.tree.leaves(batch)[0])
+        # The last batch may be too small to be split: every device then computes all of it.
+        whole = size % parts and jax.process_count() == 1
+        batch = jax.device_put(batch, replicated(mesh)) if whole else shard_batch(mesh, batch)
+        metrics = eval_step(params, state, batch, jax.random.fold_in(key, index), frozen)
+        total = {name: total.get(name, 0.0) + size * value for name, value in metrics.items()}
+        count += size
+    if not count:
+        raise ValueError(f"stage {stage.name!r}: eval_data has no examples")
+    return {name: float(value) / count for name, value in total.items()}
