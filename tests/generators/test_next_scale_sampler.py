@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,14 @@ def usual(sample):
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    """What the loop below needs: teacher-forced logits, the inputs that tokens give, and a mixture's picture."""
+    """The model's parts, for the loop below."""
     p, tokenizer = tiny.params, tiny.tokenizer
     logits = jax.jit(lambda labels, features: tiny.generator.apply(p["generator"], labels, features))
     inputs = jax.jit(lambda tokens: tokenizer.apply(p["tokenizer"], tokens, method="inputs"))
     decode = jax.jit(lambda tokens: tokenizer.apply(p["tokenizer"], tokens, method="decode"))
-    return logits, inputs, decode
+    feed = jax.jit(lambda *args: tokenizer.apply(p["tokenizer"], *args, method="feed"), static_argnums=1)
+    decode_features = jax.jit(lambda picture: tokenizer.apply(p["tokenizer"], picture, method="decode_features"))
+    return types.SimpleNamespace(logits=logits, inputs=inputs, decode=decode, feed=feed, decode_features=decode_features)
 
 
 def truncated(row, temperature, top_k, top_p):
@@ -61,18 +64,17 @@ def truncated(row, temperature, top_k, top_p):
     return out
 
 
-def python_loop(tiny, model, settings, labels=LABELS, known=None, smooth=False):
+def python_loop(model, settings, labels=LABELS, known=None, smooth=False):
     """Algorithm 2 of Tian et al. 2024 with guidance, a full forward pass a scale, no cache.
 
-    Returns the tokens, and the inputs of the scales, which for mixtures tokens do not determine.
+    Returns the tokens and, for mixtures, the image, which tokens do not determine.
     """
-    logits_of, inputs_of, _ = model
     b = len(labels)
     tokens, features = np.zeros((b, 14), np.int32), np.zeros((b, 13, 6), np.float32)
     picture = np.zeros((b, 3, 3, 6), np.float32)
     for s, (start, end) in enumerate(SPANS):
-        conditional = np.float64(logits_of(labels, features)[:, start:end])
-        unconditional = np.float64(logits_of(np.full(b, 3), features)[:, start:end])
+        conditional = np.float64(model.logits(labels, features)[:, start:end])
+        unconditional = np.float64(model.logits(np.full(b, 3), features)[:, start:end])
         t = settings.cfg * s / 2
         logits = (1 + t) * conditional - t * unconditional
         logits = np.apply_along_axis(truncated, -1, logits, settings.temperature, settings.top_k, settings.top_p)
@@ -89,15 +91,13 @@ def python_loop(tiny, model, settings, labels=LABELS, known=None, smooth=False):
             codes = np.where(keep[..., None], np.eye(16, dtype=np.float32)[ids], codes) if smooth else ids
         tokens[:, start:end] = ids
         if smooth:
-            feed = tiny.tokenizer.apply(tiny.params["tokenizer"], picture, s, jnp.asarray(codes), method="feed")
-            picture, following = (np.asarray(x) if x is not None else None for x in feed)
+            picture, following = model.feed(picture, s, codes)
             if following is not None:
                 features[:, end - 1 : SPANS[s + 1][1] - 1] = following
         else:
             # Later tokens are still 0 and their inputs rubbish: no position that is read sees them.
-            features = np.asarray(inputs_of(tokens))
-    image = tiny.tokenizer.apply(tiny.params["tokenizer"], picture, method="decode_features") if smooth else None
-    return tokens, image
+            features = np.asarray(model.inputs(tokens))
+    return tokens, model.decode_features(picture) if smooth else None
 
 
 CASES = [
@@ -109,19 +109,30 @@ CASES = [
 
 
 @pytest.mark.parametrize("settings", CASES, ids=["all", "plain", "greedy", "negative guidance"])
-def test_the_compiled_loop_is_the_python_loop(tiny, model, sample, settings):
-    want, _ = python_loop(tiny, model, settings)
+def test_the_compiled_loop_is_the_python_loop(model, sample, settings):
+    want, _ = python_loop(model, settings)
     images, tokens = sample(settings)
     np.testing.assert_array_equal(tokens, want)
-    np.testing.assert_allclose(images, model[2](tokens), atol=1e-5)
+    np.testing.assert_allclose(images, model.decode(tokens), atol=1e-5)
 
 
 def test_mixtures_of_codes(tiny, model, sample, usual):
-    want, image = python_loop(tiny, model, SETTINGS, smooth=True)
-    images, tokens = sample(sampler=dataclasses.replace(tiny.sampler, smooth=True))
-    np.testing.assert_array_equal(tokens, want)
-    np.testing.assert_allclose(images, image, atol=2e-5)
-    assert np.abs(images - model[2](tokens)).max() > 1e-3 and np.any(tokens != usual[1])
+    smooth = dataclasses.replace(tiny.sampler, smooth=True)
+    rng = np.random.default_rng(1)
+    given, some = rng.integers(0, 16, (3, 14)).astype(np.int32), rng.random((3, 14)) < 0.3
+    for keep in (np.zeros((3, 14), bool), some):
+        known = Known(given, keep)
+        want, image = python_loop(model, SETTINGS, known=known, smooth=True)
+        images, tokens = sample(known=known, sampler=smooth)
+        np.testing.assert_array_equal(tokens, want)
+        np.testing.assert_array_equal(tokens[keep], given[keep])
+        np.testing.assert_allclose(images, image, atol=2e-5)
+        assert np.abs(images - model.decode(tokens)).max() > 1e-3 and np.any(tokens != usual[1])
+
+    # Where everything is given there is nothing to mix.
+    images, tokens = sample(known=Known(given, np.ones((3, 14), bool)), sampler=smooth)
+    np.testing.assert_array_equal(tokens, given)
+    np.testing.assert_allclose(images, model.decode(given), atol=1e-5)
 
 
 def test_every_setting_changes_something(sample, usual):
@@ -152,7 +163,7 @@ def test_a_row_does_not_depend_on_its_batch(sample, usual):
     assert np.any(same[0] != same[1]) and np.any(same[1] != same[2])  # rows have their own noise
 
 
-def test_known_tokens_are_forced(tiny, model, sample, usual):
+def test_known_tokens_are_forced(model, sample, usual):
     rng = np.random.default_rng(0)
     given = rng.integers(0, 16, (3, 14)).astype(np.int32)
 
@@ -162,23 +173,14 @@ def test_known_tokens_are_forced(tiny, model, sample, usual):
     keep = rng.random((3, 14)) < 0.5
     images, tokens = forced(keep)
     np.testing.assert_array_equal(tokens[keep], given[keep])
-    want, _ = python_loop(tiny, model, SETTINGS, known=Known(given, keep))  # and what is free sees what is forced
+    want, _ = python_loop(model, SETTINGS, known=Known(given, keep))  # and what is free sees what is forced
     np.testing.assert_array_equal(tokens, want)
-    np.testing.assert_allclose(images, model[2](tokens), atol=1e-5)
+    np.testing.assert_allclose(images, model.decode(tokens), atol=1e-5)
 
     images, tokens = forced(np.ones((3, 14), bool))
     np.testing.assert_array_equal(tokens, given)
-    np.testing.assert_allclose(images, model[2](given), atol=1e-5)
+    np.testing.assert_allclose(images, model.decode(given), atol=1e-5)
     np.testing.assert_array_equal(forced(np.zeros((3, 14), bool))[1], usual[1])
-
-
-def test_known_tokens_among_mixtures(tiny, sample):
-    given = np.random.default_rng(1).integers(0, 16, (3, 14)).astype(np.int32)
-    known = Known(jnp.asarray(given), jnp.ones((3, 14), bool))
-    images, tokens = sample(known=known, sampler=dataclasses.replace(tiny.sampler, smooth=True))
-    np.testing.assert_array_equal(tokens, given)
-    want = tiny.tokenizer.apply(tiny.params["tokenizer"], given, method="decode")
-    np.testing.assert_allclose(images, want, atol=1e-5)
 
 
 def test_errors(tiny, sample):

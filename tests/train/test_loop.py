@@ -115,12 +115,22 @@ def test_stages_run_in_order_and_finished_ones_are_loaded(tmp_path, mesh):
     assert lines == ["first is trained: step 8", "second is trained: step 30"]
     for name in ("first", "second"):
         same(again[name].params, done[name].params)
-    # The second stage learns what the first, in its averaged form, leaves over.
+    assert (tmp_path / "config.json").exists()
+
+
+def test_later_stages_receive_the_average(tmp_path, mesh):
+    def copied(key, frozen):
+        return jax.tree.map(jnp.copy, frozen["first"]), {"seen": jnp.zeros((), jnp.int32)}
+
+    first = make_stage("first", 3, ema=0.9)
+    second = make_stage("second", 1, init=copied, optimizer=optax.sgd(0.0), needs=("first",))
+    done = train(make_recipe(first, second), tmp_path, mesh=mesh, run=EACH, log=quiet)
+    same(done["second"].params, load_params(tmp_path, "first")[0])
     batch = next(iter(source()(0, 1)))
-    seen = two_stages().stages[1].loss(
-        done["second"].params, done["second"].state, batch, jax.random.key(0), 0, {"first": done["first"].params}
-    )
-    assert np.isfinite(seen[0]) and (tmp_path / "config.json").exists()
+    p = jax.tree.map(lambda v: np.asarray(v, np.float64), done["first"].params["params"])
+    predicted = (np.tanh(batch["x"] @ p["in"]["kernel"] + p["in"]["bias"]) @ p["out"]["kernel"])[:, 0]
+    expected = np.mean((predicted - (batch["y"] - predicted)) ** 2)  # of the target less the frozen prediction
+    assert rows(tmp_path, "second")[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_signals_in_a_second_stage_and_killed_processes(tmp_path, mesh):
