@@ -99,18 +99,22 @@ def from_json(tree: dict) -> Any:
     """The configuration that `to_json` wrote.
 
     Raises:
-      ValueError: a type outside jaxgen, or fields that the class does not have (saved by another version).
+      ValueError: a type outside jaxgen, fields that the class does not have, or values of the wrong type (a file that was
+        saved by another version, or edited).
     """
     module, _, name = str(tree.get("type", "")).partition(":")
     if not module.startswith("jaxgen."):
         raise ValueError(f"config type {tree.get('type')!r} is not one of jaxgen's")
-    cls = getattr(importlib.import_module(module), name, None)
-    if cls is None:
-        raise ValueError(f"config type {tree['type']!r} does not exist in this version")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"config type {tree['type']!r} does not exist in this version") from None
     return _build(cls, {k: v for k, v in tree.items() if k != "type"}, name)
 
 
-def _build(cls, tree: dict, path: str):
+def _build(cls, tree: Any, path: str):
+    if not (dataclasses.is_dataclass(cls) and isinstance(tree, dict)):
+        raise ValueError(f"config {path}: {tree!r} is not a group of fields")
     hints = typing.get_type_hints(cls)
     unknown = set(tree) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
@@ -122,4 +126,18 @@ def _build(cls, tree: dict, path: str):
             out[key] = _build(kind, value, f"{path}.{key}")
         else:
             out[key] = tuple(value) if isinstance(value, list) else value
+            if not _fits(out[key], kind):
+                raise ValueError(f"config {path}.{key}: {value!r} is not of type {getattr(kind, '__name__', kind)}")
     return cls(**out)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a leaf has the type that its field declares."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return value is None if kind is type(None) else type(value) is kind

@@ -39,6 +39,7 @@ class Stage:
       ema: decay of the exponential moving average of `params`; 0 keeps none.
       accumulate: micro-batches per update; the batch is split on its first axis.
       rules: sharding table, `(path regex, PartitionSpec)` pairs, first match wins; parameters that match none are replicated.
+      notes: said when the stage starts: what a user should know, such as a loss that is missing.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Stage:
     ema: float = 0.0
     accumulate: int = 1
     rules: tuple = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -262,6 +262,9 @@ def _patch_nums(state, given, path) -> tuple[int, ...]:
         raise ValueError(f"{path}: the scales of its {length} positions are not in the file; pass patch_nums")
     if sum(n * n for n in given) != length:
         raise ValueError(f"patch_nums={tuple(given)} give {sum(n * n for n in given)} positions; {path} has {length}")
+    levels = np.repeat(np.arange(len(given)), np.square(given))
+    if "lvl_1L" in state and not np.array_equal(np.ravel(state["lvl_1L"]), levels):
+        raise ValueError(f"{path}: the levels of its positions (lvl_1L) are not those of patch_nums={tuple(given)}")
     return tuple(given)
 
 

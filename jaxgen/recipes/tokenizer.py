@@ -16,7 +16,7 @@ import optax
 from jaxgen.data import DataConfig, batches, make_source, pixels
 from jaxgen.metrics import psnr
 from jaxgen.nn.discriminator import PatchDiscriminator
-from jaxgen.nn.perceptual import load_perceptual, lpips
+from jaxgen.nn.perceptual import NO_PERCEPTUAL, load_perceptual, lpips
 from jaxgen.objectives.adversarial import adaptive_weight, hinge_discriminator, hinge_generator, warm
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.quantizers import CodebookState, revive
@@ -159,6 +159,7 @@ def tokenizer_stage(
         kwargs = dict(batch_size=config.batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
         return batches(source, data_config, **kwargs)
 
+    missing = config.perceptual_weight and not config.perceptual_path
     order = tokenizer.order
     tokens_per_batch = config.batch_size // config.accumulate * order.length
     return Stage(
@@ -173,4 +174,5 @@ def tokenizer_stage(
         eval_loss=eval_loss,
         ema=config.ema,
         accumulate=config.accumulate,
+        notes=(f"{NO_PERCEPTUAL} (tokenizer_train.perceptual_path and .lpips_path)",) if missing else (),
     )

@@ -97,7 +97,8 @@ def train(
 
     `workdir` receives `config.json` (the recipe's configuration), `metrics.jsonl` and `checkpoints/<stage>/`. Called again,
     finished stages are loaded and a started one goes on where its last checkpoint left it, data included; of the
-    configuration, only the stages' `steps` and the fields of `RunConfig` other than `seed` may have changed by then.
+    configuration, only the stages' `steps`, the place of the data and the fields of `RunConfig` other than `seed` may have
+    changed by then. Weights that were put there (`save_params`) are started from, or taken as they are by a stage of 0 steps.
 
     Args:
       recipe: the stages.
@@ -119,7 +120,8 @@ def train(
     mesh = make_mesh() if mesh is None else mesh
     say = log if jax.process_index() == 0 else lambda line: None
     _check_stages(recipe.stages)
-    save_config(workdir, recipe.config, may_differ=_may_differ(recipe))
+    started = (workdir / "metrics.jsonl").exists()
+    save_config(workdir, recipe.config, may_differ=_may_differ(recipe), replace=not started)
     done = {}
     with MetricsLog(workdir, tensorboard=run.tensorboard, wandb=run.wandb) as rows, signals() as stop:
         for index, stage in enumerate(recipe.stages):
@@ -188,7 +190,11 @@ class _Training:
     def _start(self, key: PRNGKeyArray, data: Any) -> TrainState:
         """The stage's training state, new or from its last checkpoint; `data` is moved to its place."""
         stage, step = self.stage, self.checkpoints.latest()
+        for note in stage.notes:
+            self.say(f"{stage.name}: {note}")
         if step is None:
+            if not stage.steps:
+                raise ValueError(f"stage {stage.name!r} has steps=0 and no weights in {self.checkpoints.directory}")
             self.say(f"{stage.name} starts: {stage.steps} steps")
             return init_state(stage, key, self.mesh, self.frozen)
         abstract = abstract_state(stage, self.mesh, self.frozen)
@@ -256,7 +262,7 @@ def _load(workdir: Path, stage: Stage, mesh: Mesh, step: int) -> StageResult:
 def _may_differ(recipe: Recipe) -> set[str]:
     """Fields of the configuration that a run may go on with after they changed."""
     run = {field.name for field in dataclasses.fields(RunConfig)} - {"seed"}
-    return run | {"steps"} | {f"{stage.name}_steps" for stage in recipe.stages}
+    return run | {"steps", "path", "workers"} | {f"{stage.name}_steps" for stage in recipe.stages}
 
 
 def _check_stages(stages: tuple[Stage, ...]) -> None:

@@ -15,20 +15,21 @@ from jaxgen.train.log import write_json
 __all__ = ["load_config", "save_config"]
 
 
-def save_config(workdir: str | Path, config: Any, may_differ: Iterable[str] = ()) -> None:
+def save_config(workdir: str | Path, config: Any, may_differ: Iterable[str] = (), *, replace: bool = False) -> None:
     """Writes `<workdir>/config.json`, after checking that an earlier one there is the same.
 
     Args:
       workdir: the run's directory, made if missing.
       config: a frozen dataclass (see `jaxgen.config`).
       may_differ: names of fields, at any depth, whose values may change; the new ones are written.
+      replace: everything may change, since nothing has been trained with the earlier configuration.
 
     Raises:
       ValueError: naming each other field that differs with both values; or the file cannot be read or written.
     """
     path = Path(workdir) / "config.json"
     new = json.loads(json.dumps(config_lib.to_json(config)))
-    if path.exists():
+    if path.exists() and not replace:
         was, now = _flatten(_read(path)), _flatten(new)
         differ = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
         differ = [name for name in differ if name.rpartition(".")[2] not in may_differ]

@@ -22,6 +22,7 @@ from jaxgen.train import (
     RunConfig,
     load_params,
     make_mesh,
+    save_config,
     save_params,
     train,
 )
@@ -257,8 +258,25 @@ def test_no_steps_take_the_weights_as_they_are(tmp_path, mesh):
     save_params(tmp_path / "given", "first", given)
     done = train(make_recipe(make_stage("first", 0)), tmp_path / "given", mesh=mesh, log=quiet)
     same(done["first"].params, given)
-    done = train(make_recipe(make_stage("first", 0)), tmp_path / "new", mesh=mesh, log=quiet)
-    same(done["first"].params, load_params(tmp_path / "new", "first")[0])
+    with pytest.raises(ValueError, match="stage 'first' has steps=0 and no weights in"):
+        train(make_recipe(make_stage("first", 0)), tmp_path / "new", mesh=mesh, log=quiet)
+
+
+def test_weights_that_were_put_there_take_any_configuration_until_training_starts(tmp_path, mesh):
+    save_config(tmp_path, Config())
+    save_params(tmp_path, "first", {"params": init(jax.random.key(5), {})[0]["params"]})
+    other = Config(Inner(width=9, steps=7), (1, 3))
+    train(make_recipe(make_stage("first", 1), config=other), tmp_path, mesh=mesh, log=quiet)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 9
+    with pytest.raises(ValueError, match="is of another run"):
+        train(make_recipe(make_stage("first", 2)), tmp_path, mesh=mesh, log=quiet)
+
+
+def test_notes_are_said(tmp_path, mesh):
+    lines = []
+    stage = dataclasses.replace(make_stage("first", 1), notes=("mind the gap",))
+    train(make_recipe(stage), tmp_path, mesh=mesh, log=lines.append)
+    assert "first: mind the gap" in lines
 
 
 def test_another_configuration_is_refused(tmp_path, mesh):
