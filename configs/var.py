@@ -67,7 +67,7 @@ def _digits() -> NextScaleConfig:
             ch=32, ch_mult=(1, 2), res_blocks=1, groups=8, vocab=128, width=8, patch_nums=(1, 2, 3, 4), codebook_init=0.1
         ),
         tokenizer_train=TokenizerTrainConfig(
-            steps=700,
+            steps=600,
             batch_size=64,
             perceptual_weight=0.0,
             adversarial_weight=0.0,
@@ -76,7 +76,7 @@ def _digits() -> NextScaleConfig:
         ),
         model=ModelConfig(depth=3, width=128, heads=4, num_classes=10, gate_init=0.1),
         model_train=ModelTrainConfig(
-            steps=700,
+            steps=500,
             batch_size=64,
             ema=0.99,
             optim=OptimConfig(lr=1e-3, warmup_steps=50, schedule="cosine", lr_end=0.05, clip=2.0, no_decay=NO_DECAY),

@@ -17,8 +17,8 @@ def compile_report(fn: Callable, *args, **jit_options) -> tuple[Any, dict]:
     """Compiles `fn` for its arguments (arrays or `ShapeDtypeStruct`) and reports what the compiler says.
 
     Returns:
-      (the compiled function, {"compile_s", "argument_MB", "temp_MB", "output_MB", "TFLOP"}). XLA counts a loop's body once, so
-      TFLOP of a scanned model is a lower bound.
+      (the compiled function, {"compile_s", "argument_MB", "temp_MB", "output_MB", "compiled_TFLOP"}). XLA counts a loop's body
+      once, so compiled_TFLOP of a scanned model is a lower bound.
     """
     start = time.perf_counter()
     jitted = fn if hasattr(fn, "lower") else jax.jit(fn, **jit_options)
@@ -28,7 +28,7 @@ def compile_report(fn: Callable, *args, **jit_options) -> tuple[Any, dict]:
     if memory is not None:
         for name in ("argument", "temp", "output"):
             report[f"{name}_MB"] = round(getattr(memory, f"{name}_size_in_bytes") / 1e6, 1)
-    report["TFLOP"] = round(cost.get("flops", float("nan")) / 1e12, 4)
+    report["compiled_TFLOP"] = round(cost.get("flops", float("nan")) / 1e12, 4)
     return compiled, report
 
 

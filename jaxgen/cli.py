@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -9,8 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from jax.sharding import Mesh
+
 from jaxgen.recipe import Recipe
-from jaxgen.train import Interrupted, NonFiniteError, load_config, load_params
+from jaxgen.train import Interrupted, NonFiniteError, load_config, load_params, shardings
 
 __all__ = ["comma_separated", "load_config_file", "open_workdir", "run"]
 
@@ -43,6 +46,8 @@ def load_config_file(path: str) -> ModuleType:
     """
     if not Path(path).is_file():
         raise ValueError(f"--config {path}: no such file")
+    if not path.endswith(".py"):
+        raise ValueError(f"--config {path}: not a Python file")
     spec = importlib.util.spec_from_file_location(f"configs.{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,7 +57,7 @@ def load_config_file(path: str) -> ModuleType:
 
 
 def open_workdir(
-    workdir: str | Path, *, edits: Sequence[str] = (), step: int | str | None = None
+    workdir: str | Path, *, edits: Sequence[str] = (), step: int | str | None = None, mesh: Mesh | None = None
 ) -> tuple[Recipe, dict[str, dict]]:
     """The recipe that was trained in `workdir`, and the parameters of its stages (averaged ones where they were kept).
 
@@ -60,12 +65,18 @@ def open_workdir(
       workdir: of `scripts/train.py` or `scripts/convert.py`.
       edits: changes to the configuration, such as another `data.path`.
       step: which checkpoint of each stage; None is the latest, "best" the one with the lowest evaluation loss.
+      mesh: places parameters as in training; None puts everything on the first device.
 
     Raises:
       ValueError: not a work directory, or a stage without a checkpoint.
     """
     recipe = load_config(workdir).recipe().override(edits)
-    return recipe, {stage.name: load_params(workdir, stage.name, step)[0] for stage in recipe.stages}
+
+    def load(stage):
+        place = None if mesh is None else functools.partial(shardings, mesh, rules=stage.rules)
+        return load_params(workdir, stage.name, step, shardings=place)[0]
+
+    return recipe, {stage.name: load(stage) for stage in recipe.stages}
 
 
 def comma_separated(text: str, flag: str, kind=int) -> list:

@@ -68,7 +68,7 @@ def sampling(config, batch: int, args) -> dict:
     }
     sampler = NextScaleSampler(generator=generator, tokenizer=tokenizer)
     settings = Settings(*map(jnp.float32, Settings(top_p=0.96)))
-    row = describe("sample", config, batch, shapes["generator"])
+    row = describe("sample", config, batch, shapes["generator"]) | {"TFLOP": flops(config, batch)}
     inputs = (jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((batch,), jnp.int32), settings)
     if args.topology:
         mesh = Mesh(np.array(benchmark.topology_devices(args.topology)).reshape(-1), ("data",))
@@ -85,6 +85,19 @@ def sampling(config, batch: int, args) -> dict:
         lambda: sampler(params, jax.random.key(1), labels, Settings(top_p=0.96)), repeats=args.repeats
     )
     return row | report | times | {"images_per_s": batch / times["seconds"]}
+
+
+def flops(config, batch: int) -> float:
+    """TFLOP of sampling a batch, from the program before optimisation and with layers unrolled: XLA counts a loop once."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=False))
+    sampler = config.build_sampler()
+    image = jax.ShapeDtypeStruct((1, *sampler.tokenizer.image_size, sampler.tokenizer.channels), jnp.float32)
+    shapes = {
+        "generator": sampler.generator.param_shapes(sampler.tokenizer.width),
+        "tokenizer": jax.eval_shape(sampler.tokenizer.init, jax.random.key(0), image),
+    }
+    inputs = (jax.random.key(0), jax.ShapeDtypeStruct((batch,), jnp.int32), Settings(*map(jnp.float32, Settings())), None)
+    return round(type(sampler)._sample.lower(sampler, shapes, *inputs).cost_analysis()["flops"] / 1e12, 4)
 
 
 def training(config, batch: int, args) -> dict:

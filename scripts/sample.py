@@ -13,6 +13,7 @@ from jaxgen import cli, pictures
 from jaxgen.data import read_image, to_uint8
 from jaxgen.generators import box_mask
 from jaxgen.recipes.evaluation import sample_many
+from jaxgen.train import make_mesh
 
 
 def main():
@@ -31,6 +32,7 @@ def main():
     parser.add_argument("--image", help="a picture to edit")
     parser.add_argument("--box", default="0.25,0.25,0.75,0.75", help="top,left,bottom,right as shares of the picture")
     parser.add_argument("--outpaint", action="store_true", help="keep the box and make the rest, instead of the reverse")
+    parser.add_argument("--mesh", help="axes and sizes, such as data=4; one device if left out")
     parser.add_argument("--out", required=True, help="a .png for the picture")
     parser.add_argument("--npz", help="also saves images [n, H, W, C] uint8 and labels [n]")
     args = parser.parse_args()
@@ -38,14 +40,15 @@ def main():
         raise ValueError(f"--num {args.num}: must be at least 1")
     labels = np.repeat(cli.comma_separated(args.labels, "--labels"), args.num)
     step = int(args.step) if args.step and args.step.isdigit() else args.step
-    recipe, params = cli.open_workdir(args.workdir, step=step)
+    mesh = make_mesh(args.mesh) if args.mesh else None
+    recipe, params = cli.open_workdir(args.workdir, step=step, mesh=mesh)
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
     batch = min(args.batch_size, len(labels))
     if args.image:
         box = cli.comma_separated(args.box, "--box", float)
         settings["image"] = read_image(args.image, recipe.config.data)
         settings["keep"] = box_mask(box, outpaint=args.outpaint)
-    images = sample_many(recipe, params, jax.random.key(args.seed), labels, batch_size=batch, **settings)
+    images = sample_many(recipe, params, jax.random.key(args.seed), labels, batch_size=batch, mesh=mesh, **settings)
     pictures.save_png(args.out, pictures.grid(images, args.num, scale=args.scale))
     if args.npz:
         np.savez_compressed(args.npz, images=to_uint8(images), labels=labels)

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgen import metrics
 from jaxgen.data import DataConfig, batches, make_source, pixels
 from jaxgen.nn.classifier import Classifier
 from jaxgen.recipe import modules
+from jaxgen.train import shard_batch
 
 __all__ = ["evaluate_images", "held_out", "measure_reconstruction", "measure_samples", "real_features", "sample_many"]
 
@@ -119,12 +121,22 @@ def _apply(classifier, variables, images):
     return classifier.apply(variables, images, method="features"), classifier.apply(variables, images)
 
 
-def sample_many(recipe, params: Mapping[str, Any], key, labels: np.ndarray, *, batch_size: int, **settings) -> np.ndarray:
-    """Images [n, H, W, C] for many labels, in compiled batches; the last one is padded so that nothing is recompiled."""
+def sample_many(
+    recipe, params: Mapping[str, Any], key, labels: np.ndarray, *, batch_size: int, mesh: Mesh | None = None, **settings
+) -> np.ndarray:
+    """Images [n, H, W, C] for many labels, in compiled batches; the last one is padded so that nothing is recompiled.
+
+    Raises:
+      ValueError: batches of less than 1, no labels, or see the recipe's sampler.
+    """
+    if batch_size < 1 or not len(labels):
+        raise ValueError(f"{len(labels)} labels in batches of {batch_size}: expected at least 1 of each")
     out = []
     for i, start in enumerate(range(0, len(labels), batch_size)):
         chunk = np.asarray(labels[start : start + batch_size])
         padded = np.resize(chunk, batch_size)
+        if mesh is not None:
+            padded = shard_batch(mesh, padded)
         images = recipe.sample(params, jax.random.fold_in(key, i), padded, **settings)["images"]
         out.append(np.asarray(images)[: len(chunk)])
     return np.concatenate(out)
@@ -151,9 +163,10 @@ def evaluate_images(recipe, params, key, *, num: int, batch_size: int, settings:
     classes = config.model.num_classes
     if num < classes:
         raise ValueError(f"num={num}: at least one sample for each of the {classes} classes")
-    reconstruction = measure_reconstruction(config.build_tokenizer(), variables["tokenizer"], config.data)
     labels = np.sort(np.arange(num, dtype=np.int32) % classes)
+    # First, since the sampler checks that the parameters fit.
     images = sample_many(recipe, params, key, labels, batch_size=min(batch_size, num), **settings)
+    reconstruction = measure_reconstruction(config.build_tokenizer(), variables["tokenizer"], config.data)
     generation = {"settings": dict(settings)}
     if "classifier" in variables:
         classifier = Classifier(num_classes=classes, width=config.classifier.width)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
@@ -22,8 +23,19 @@ from jaxgen.recipes.classifier import classifier_stage
 from jaxgen.recipes.tokenizer import TokenizerTrainConfig, tokenizer_stage
 from jaxgen.tokenizers import MultiScaleTokenizer
 from jaxgen.train.loop import RunConfig
+from jaxgen.train.mesh import path_name
 
-__all__ = ["ClassifierConfig", "ModelConfig", "ModelTrainConfig", "NextScaleConfig", "TokenizerConfig", "config_of"]
+__all__ = [
+    "ClassifierConfig",
+    "ModelConfig",
+    "ModelTrainConfig",
+    "NextScaleConfig",
+    "TokenizerConfig",
+    "config_of",
+    "param_shapes",
+]
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 # Heads and hidden units over "tensor", the other large axis over "fsdp". Scanned blocks have a leading layer axis.
 RULES = (
@@ -63,7 +75,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of `NextScaleTransformer`. Width and heads of 0 mean 64 depth and depth, as published."""
+    """Sizes of `NextScaleTransformer`. Width and heads of 0 mean 64 depth and depth, as published; 0 classes are counted."""
 
     depth: int = 16
     width: int = 0
@@ -79,6 +91,11 @@ class ModelConfig:
     scan_layers: bool = False
     remat: bool = False
     dtype: str = "float32"
+
+    def __post_init__(self):
+        for name, least in (("depth", 1), ("width", 0), ("heads", 0), ("num_classes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"model.{name}={getattr(self, name)}: expected at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +119,13 @@ class ModelTrainConfig:
     class_drop: float = 0.1
     label_smoothing: float = 0.0
     optim: OptimConfig = OptimConfig()
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"model_train.batch_size={self.batch_size}: expected at least 1")
+        for name in ("class_drop", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"model_train.{name}={getattr(self, name)}: expected a share in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +151,29 @@ class NextScaleConfig:
     run: RunConfig = RunConfig()
 
     def resolve(self) -> NextScaleConfig:
-        """The configuration with the number of classes filled in from the data."""
-        if self.model.num_classes:
-            return self
-        num_classes = make_source(self.data, "train").num_classes
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, num_classes=num_classes))
+        """The configuration with the number of classes filled in from the data.
+
+        Raises:
+          ValueError: the data cannot be read, or has more classes or images of another size than the models.
+        """
+        source, data, sides = make_source(self.data, "train"), self.data, self.build_tokenizer().image_size
+        found = (data.image_size,) * 2 if data.image_size else source[0]["image"].shape[:2]
+        if found != sides:
+            raise ValueError(
+                f"images of {found[0]}x{found[1]} (data.path={data.path}, data.image_size={data.image_size}); the tokenizer's "
+                f"patch_nums={self.tokenizer.patch_nums} and ch_mult={self.tokenizer.ch_mult} take {sides[0]}x{sides[1]}"
+            )
+        if not self.model.num_classes:
+            return dataclasses.replace(self, model=dataclasses.replace(self.model, num_classes=source.num_classes))
+        # A label beyond the last class would be read as "no class", which is the number after it.
+        if source.num_classes > self.model.num_classes:
+            raise ValueError(f"model.num_classes={self.model.num_classes}: {data.path} has {source.num_classes} classes")
+        return self
 
     def build_tokenizer(self) -> MultiScaleTokenizer:
         """The tokenizer module."""
         fields = dataclasses.asdict(self.tokenizer)
-        return MultiScaleTokenizer(channels=self.data.channels, **fields | dict(dtype=jnp.dtype(fields["dtype"])))
+        return MultiScaleTokenizer(channels=self.data.channels, **fields | dict(dtype=_dtype("tokenizer", fields["dtype"])))
 
     def build_generator(self) -> NextScaleTransformer:
         """The generator module."""
@@ -144,7 +181,7 @@ class NextScaleConfig:
 
     def _generator_fields(self) -> dict:
         m = self.model
-        sizes = dict(width=m.width or 64 * m.depth, heads=m.heads or m.depth, dtype=jnp.dtype(m.dtype))
+        sizes = dict(width=m.width or 64 * m.depth, heads=m.heads or m.depth, dtype=_dtype("model", m.dtype))
         return dataclasses.asdict(m) | sizes | dict(vocab=self.tokenizer.vocab)
 
     def build_sampler(self) -> NextScaleSampler:
@@ -164,19 +201,62 @@ class NextScaleConfig:
         return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, self.build_sampler()))
 
 
-def _sample(sampler, params: Mapping[str, Any], key, labels, *, image=None, keep=None, **settings) -> dict:
+def _dtype(group: str, name: str) -> jnp.dtype:
+    """The type of computation called `name`."""
+    if name not in DTYPES:
+        raise ValueError(f"{group}.dtype={name!r}: expected one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def _sample(sampler: NextScaleSampler, params: Mapping[str, Any], key, labels, *, image=None, keep=None, **settings) -> dict:
     """Samples with the modules of all stages; settings are those of `jaxgen.decoding.Settings`.
 
     With `image` [H, W, C] and the mask `keep` [h, w] (see `keep_tokens`), what lies under the mask stays.
+
+    Raises:
+      ValueError: parameters of other shapes than the sampler's modules have, a mask under which everything stays, or see
+        `NextScaleSampler.__call__`.
     """
     params = modules(params)
+    for name, shapes in param_shapes(sampler).items():
+        _check_shapes(name, params[name], shapes)
     known = None
     if image is not None:
-        tokens = sampler.tokenizer.apply(params["tokenizer"], jnp.asarray(image)[None], method="encode")
+        tokens = _encode(sampler.tokenizer, params["tokenizer"], jnp.asarray(image)[None])
         tokens = jnp.broadcast_to(tokens, (len(labels), tokens.shape[1]))
         known = Known(tokens, keep_tokens(sampler.generator.order, keep, batch=len(labels)))
+        if known.keep.all():
+            raise ValueError(f"the part of the image that is to change is smaller than a token: {known.keep.shape[1]} tokens stay")
     images, tokens = sampler(params, key, labels, Settings(**settings), known)
     return {"images": images, "tokens": tokens}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(tokenizer, variables, images):
+    return tokenizer.apply(variables, images, method="encode")
+
+
+@functools.lru_cache(maxsize=8)
+def param_shapes(sampler: NextScaleSampler) -> dict[str, Any]:
+    """Shapes of the variables that a sampler takes, by module; nothing is computed."""
+    tokenizer = sampler.tokenizer
+    image = jax.ShapeDtypeStruct((1, *tokenizer.image_size, tokenizer.channels), jnp.float32)
+    return {
+        "tokenizer": jax.eval_shape(tokenizer.init, jax.random.key(0), image),
+        "generator": sampler.generator.param_shapes(tokenizer.width),
+    }
+
+
+def _check_shapes(module: str, variables, shapes) -> None:
+    """That `variables`, which come from a checkpoint, are those of a module whose variables have `shapes`."""
+    have, want = (
+        {path_name(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (variables, shapes)
+    )
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise ValueError(
+                f"{module}: {name} has shape {have.get(name, 'none')} in the checkpoint and {want.get(name, 'none')} in the model"
+            )
 
 
 def generator_stage(config: NextScaleConfig) -> Stage:

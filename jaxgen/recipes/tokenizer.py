@@ -66,6 +66,14 @@ class TokenizerTrainConfig:
     revive_threshold: float = 0.03
     optim: OptimConfig = OptimConfig()
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"tokenizer_train.batch_size={self.batch_size}: expected at least 1")
+        names = ("l1_weight", "l2_weight", "perceptual_weight", "adversarial_weight", "revive_every", "revive_threshold")
+        for name in names:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"tokenizer_train.{name}={getattr(self, name)}: expected a number that is not negative")
+
 
 def tokenizer_stage(
     config: TokenizerTrainConfig, data_config: DataConfig, tokenizer: MultiScaleTokenizer, *, name: str = "tokenizer"

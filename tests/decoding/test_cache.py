@@ -108,8 +108,17 @@ def test_commit_makes_permanent_and_not_committing_rolls_back(kind):
     k2, v2 = pieces(2, 7)
     kept = start.stage(0, k, v).commit(2).stage(0, k2, v2)  # the third is dropped
     rolled_back = start.stage(0, k, v).stage(0, k2, v2)
-    assert_sees(kept, 0, 2, lambda b, i: [np.concatenate([x[0, b, :2], n[b, :2], m[b]]) for x, n, m in ((start.k, k, k2), (start.v, v, v2))])
-    assert_sees(rolled_back, 0, 2, lambda b, i: [np.concatenate([x[0, b, :2], m[b]]) for x, m in ((start.k, k2), (start.v, v2))])
+    assert_sees(
+        kept,
+        0,
+        2,
+        lambda b, i: [
+            np.concatenate([x[0, b, :2], n[b, :2], m[b]]) for x, n, m in ((start.k, k, k2), (start.v, v, v2))
+        ],
+    )
+    assert_sees(
+        rolled_back, 0, 2, lambda b, i: [np.concatenate([x[0, b, :2], m[b]]) for x, m in ((start.k, k2), (start.v, v2))]
+    )
 
 
 def test_rows_commit_on_their_own():

@@ -16,7 +16,10 @@ def test_noise_belongs_to_its_row_and_position():
     part = gumbel(KEY, jnp.array([3, 1]), jnp.array([5, 2]), 5)
     np.testing.assert_array_equal(part, whole[[3, 1]][:, [5, 2]])
     assert len(np.unique(whole)) == whole.size
-    for other in (gumbel(jax.random.key(1), jnp.arange(4), jnp.arange(6), 5), gumbel(KEY, jnp.arange(4), jnp.arange(6), 5, stream=1)):
+    for other in (
+        gumbel(jax.random.key(1), jnp.arange(4), jnp.arange(6), 5),
+        gumbel(KEY, jnp.arange(4), jnp.arange(6), 5, stream=1),
+    ):
         assert not np.any(other == whole)
 
 

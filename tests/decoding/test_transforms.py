@@ -42,7 +42,7 @@ def reference(row, temperature, top_k, top_p):
 
 
 def published(row, top_k, top_p):
-    """VAR's `sample_with_top_k_top_p_`: in ascending order everything with a cumulative mass <= 1 - p goes, but never the best."""
+    """VAR's rule: in ascending order everything with a cumulative mass <= 1 - p goes, but never the best."""
     row = np.float64(row).copy()
     if top_k:
         row[row < np.sort(row)[-top_k]] = -np.inf

@@ -131,6 +131,9 @@ def test_the_size_of_its_parts(params):
     """The baseline differs from the next-scale model in its embeddings alone."""
     p = params["params"]
     assert set(p) == {"token_embed", "class_embed", "position", "transformer", "head"}
-    assert p["token_embed"]["embedding"].shape == (VOCAB, 16) and p["class_embed"]["embedding"].shape == (CLASSES + 1, 16)
+    assert p["token_embed"]["embedding"].shape == (VOCAB, 16) and p["class_embed"]["embedding"].shape == (
+        CLASSES + 1,
+        16,
+    )
     assert p["position"].shape == (LENGTH, 16)
     assert MODEL.init_cache(2).k.shape == (2, 2, LENGTH, 2, 8)

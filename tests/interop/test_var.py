@@ -44,8 +44,24 @@ def test_architecture_is_read_from_the_files(official, reference):
     assert official.patch_nums == tuple(reference["patch_nums"]) == (1, 2, 3, 4)
     assert official.num_classes == 6
     g, t = official.generator, official.tokenizer
-    assert (g.width, g.heads, g.depth, g.vocab, g.mlp_ratio, g.l2_norm, g.shared_adaln) == (64, 2, 2, 64, 4.0, True, False)
-    assert (t.ch, t.ch_mult, t.res_blocks, t.vocab, t.width, t.phis, t.attention) == (32, (1, 1, 2, 2, 4), 2, 64, 8, 4, True)
+    assert (g.width, g.heads, g.depth, g.vocab, g.mlp_ratio, g.l2_norm, g.shared_adaln) == (
+        64,
+        2,
+        2,
+        64,
+        4.0,
+        True,
+        False,
+    )
+    assert (t.ch, t.ch_mult, t.res_blocks, t.vocab, t.width, t.phis, t.attention) == (
+        32,
+        (1, 1, 2, 2, 4),
+        2,
+        64,
+        8,
+        4,
+        True,
+    )
     assert set(official.params) == {"generator", "tokenizer"}
 
 
@@ -94,7 +110,9 @@ def test_saving_gives_the_authors_files_back(official, folder, tmp_path):
             np.testing.assert_array_equal(saved[key], want[key], err_msg=key)
     again = var.load(**paths)
     assert (again.generator, again.tokenizer) == (official.generator, official.tokenizer)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), again.params, official.params))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), again.params, official.params)
+    )
 
 
 # Models of our own, small enough to be written anew for every test.
@@ -144,7 +162,11 @@ def test_published_names(written):
     generator, tokenizer = written
     blocks = [
         *("attn.scale_mul_1H11", "attn.zero_k_bias", "attn.q_bias", "attn.v_bias", "attn.mat_qkv.weight"),
-        *(f"{layer}.{part}" for layer in ("attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1") for part in ("weight", "bias")),
+        *(
+            f"{layer}.{part}"
+            for layer in ("attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1")
+            for part in ("weight", "bias")
+        ),
     ]
     assert set(generator) == {
         *("pos_start", "pos_1LC", "lvl_1L", "attn_bias_for_masking", "lvl_embed.weight", "class_emb.weight"),
@@ -263,11 +285,20 @@ BAD_GENERATORS = {
     "missing in a block": ({"blocks__1__attn__q_bias": None}, r"attn.q_bias\) has \(1, 2, 8\), expected \(2, 2, 8\)"),
     "not a generator": ({"head__weight": None}, "no parameter 'head.weight'; not a checkpoint of this system"),
     "no blocks": ({"blocks__0__ffn__fc1__weight": None}, "no parameter 'blocks.0.ffn.fc1.weight'"),
-    "wrong shape": ({"pos_start": np.zeros((1, 2, 16), np.float32)}, r"start \(pos_start\) has \(2, 16\), expected \(1, 16\)"),
-    "wrong width": ({"blocks__0__attn__proj__weight": np.zeros((16, 8))}, r"blocks.0.attn.proj.weight \(16, 8\): does not fit"),
+    "wrong shape": (
+        {"pos_start": np.zeros((1, 2, 16), np.float32)},
+        r"start \(pos_start\) has \(2, 16\), expected \(1, 16\)",
+    ),
+    "wrong width": (
+        {"blocks__0__attn__proj__weight": np.zeros((16, 8))},
+        r"blocks.0.attn.proj.weight \(16, 8\): does not fit",
+    ),
     "wrong rank": ({"pos_1LC": np.zeros(5, np.float32)}, r"pos_1LC has the shape \(5,\); expected 3 axes"),
     "wrong rank of scales": ({"blocks__0__attn__scale_mul_1H11": np.zeros(2)}, r"scale_mul_1H11 has the shape \(2,\)"),
-    "scales that are not square": ({"lvl_1L": np.array([[0, 0, 1, 1, 1]])}, r"lvl_1L\) are not those of patch_nums=\(1, 2\)"),
+    "scales that are not square": (
+        {"lvl_1L": np.array([[0, 0, 1, 1, 1]])},
+        r"lvl_1L\) are not those of patch_nums=\(1, 2\)",
+    ),
     "negative scale": ({"lvl_1L": np.array([[-9, 1, 1, 1, 1]])}, r"lvl_1L\) are not those"),
     "too few scales": ({"lvl_1L": np.array([[0, 0, 0, 0, 0]])}, r"patch_nums=\(2,\) give 4 positions"),
     "other vocabulary": (
@@ -286,11 +317,20 @@ def test_bad_generators(written, tmp_path, case):
 
 
 BAD_TOKENIZERS = {
-    "unknown name": ({"loss__discriminator__weight": np.zeros((3, 2))}, r"unknown names: loss.discriminator.weight \(3, 2\)"),
+    "unknown name": (
+        {"loss__discriminator__weight": np.zeros((3, 2))},
+        r"unknown names: loss.discriminator.weight \(3, 2\)",
+    ),
     "missing name": ({"encoder__mid__attn_1__qkv__weight": None}, r"missing: encoder/mid/attention/qkv/kernel"),
     "not a tokenizer": ({"quantize__embedding__weight": None}, "no parameter 'quantize.embedding.weight'"),
-    "no levels": ({"encoder__down__0__block__0__conv1__weight": None}, "no parameter 'encoder.down.0.block.0.conv1.weight'"),
-    "wrong shape": ({"quant_conv__weight": np.zeros((4, 5, 3, 3), np.float32)}, r"quant_conv/kernel .* has \(3, 3, 5, 4\)"),
+    "no levels": (
+        {"encoder__down__0__block__0__conv1__weight": None},
+        "no parameter 'encoder.down.0.block.0.conv1.weight'",
+    ),
+    "wrong shape": (
+        {"quant_conv__weight": np.zeros((4, 5, 3, 3), np.float32)},
+        r"quant_conv/kernel .* has \(3, 3, 5, 4\)",
+    ),
     "wrong rank": ({"encoder__conv_in__weight": np.zeros((32, 3))}, r"encoder.conv_in.weight has the shape \(32, 3\)"),
 }
 

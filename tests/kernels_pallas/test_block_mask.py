@@ -21,9 +21,7 @@ def documents(sq=11, sk=14, seed=0):
 
 
 def brute_force(q, k):
-    return np.array(
-        [[q[0, i] >= k[0, j] and q[1, i] == k[1, j] for j in range(k.shape[1])] for i in range(q.shape[1])]
-    )
+    return np.array([[q[0, i] >= k[0, j] and q[1, i] == k[1, j] for j in range(k.shape[1])] for i in range(q.shape[1])])
 
 
 def test_dense_and_traced_apply_the_predicate_to_every_pair():
@@ -117,4 +115,6 @@ def test_predicates_must_be_element_wise():
 
 
 def test_repr_names_predicate_and_shape():
-    assert repr(BlockMask.build(causal, np.zeros((1, 3)), np.zeros((1, 4)))) == "BlockMask(causal, 3x4, block=(128, 64))"
+    assert (
+        repr(BlockMask.build(causal, np.zeros((1, 3)), np.zeros((1, 4)))) == "BlockMask(causal, 3x4, block=(128, 64))"
+    )

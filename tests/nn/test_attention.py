@@ -24,10 +24,12 @@ def reference(q, k, v, allowed=None, scale=D**-0.5):
     """Softmax attention in float64, a row at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
+    if allowed is not None:
+        allowed = np.broadcast_to(allowed, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     for b, h, i in np.ndindex(q.shape[0], q.shape[2], q.shape[1]):
         logits = k[b, :, h] @ q[b, i, h] * scale
         if allowed is not None:
-            logits = np.where(np.broadcast_to(allowed, (*q.shape[:1], q.shape[2], q.shape[1], k.shape[1]))[b, h, i], logits, -np.inf)
+            logits = np.where(allowed[b, h, i], logits, -np.inf)
         weights = np.exp(logits - logits.max())
         out[b, i, h] = weights @ v[b, :, h] / weights.sum()
     return out
@@ -143,7 +145,9 @@ def test_l2_norm_of_nothing_has_a_gradient(x, randomize):
     module = SelfAttention(3, l2_norm=True)
     params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
     # Keys have no bias, so the keys of a zero input are zero vectors.
-    grads = jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.square(module.apply(p, x)[0])), (0, 1)))(params, jnp.zeros_like(x))
+    grads = jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.square(module.apply(p, x)[0])), (0, 1)))(
+        params, jnp.zeros_like(x)
+    )
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
