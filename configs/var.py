@@ -137,7 +137,8 @@ def _published(variant: str) -> NextScaleConfig:
     To use their tokenizer, convert it into the work directory first: the tokenizer stage is then done.
     """
     depth, epochs, batch, base_lr, gate_init, lr_end, decay_end = PUBLISHED[variant]
-    steps = epochs * (IMAGENET_TRAIN // batch)
+    updates = -(-IMAGENET_TRAIN // batch)  # an epoch's; their sampler fills the last batch
+    steps = epochs * updates
     large = variant == "d36_512"
     return NextScaleConfig(
         data=DataConfig(path="imagenet", image_size=512 if large else 256, channels=3, mid_scale=1.125, workers=8),
@@ -163,7 +164,7 @@ def _published(variant: str) -> NextScaleConfig:
             batch_size=batch,
             optim=OptimConfig(
                 lr=base_lr * batch / 256,
-                warmup_steps=steps // 50,
+                warmup_steps=round(epochs / 50 * updates),
                 schedule="lin0",
                 lr_start=0.005,
                 lr_end=lr_end,

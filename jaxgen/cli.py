@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from jax.sharding import Mesh
 
 from jaxgen.recipe import Recipe
-from jaxgen.train import Interrupted, NonFiniteError, load_config, load_params, shardings
+from jaxgen.train import Interrupted, NonFiniteError, abstract_state, load_config, load_params, shardings
 
-__all__ = ["comma_separated", "load_config_file", "open_workdir", "run"]
+__all__ = ["check_stages", "comma_separated", "load_config_file", "open_workdir", "output_file", "run"]
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -56,6 +57,19 @@ def load_config_file(path: str) -> ModuleType:
     return module
 
 
+def check_stages(recipe: Recipe, mesh: Mesh) -> None:
+    """Finds sizes that do not fit each other or the mesh in any stage, before hours have gone into the first one.
+
+    Only shapes are computed.
+
+    Raises:
+      ValueError: what the stage's modules, its optimizer or `jaxgen.train.mesh.shardings` object to.
+    """
+    params = {}
+    for stage in recipe.stages:
+        params[stage.name] = abstract_state(stage, mesh, {name: params[name] for name in stage.needs}).params
+
+
 def open_workdir(
     workdir: str | Path, *, edits: Sequence[str] = (), step: int | str | None = None, mesh: Mesh | None = None
 ) -> tuple[Recipe, dict[str, dict]]:
@@ -94,3 +108,22 @@ def comma_separated(text: str, flag: str, kind=int) -> list:
     if not out:
         raise ValueError(f"{flag} {text!r}: empty")
     return out
+
+
+@contextlib.contextmanager
+def output_file(flag: str, path: str) -> Iterator[Path]:
+    """A name to write to, in the folder of `path` (made if missing); in the end the file moves to `path`, whole.
+
+    Raises:
+      ValueError: it cannot be written; what was at `path` is still there.
+    """
+    temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -47,15 +47,19 @@ def main():
             *args.set,
         ]
     ).config
-    rows = []
-    for batch in cli.comma_separated(args.batch, "--batch"):
+    rows, batches = [], cli.comma_separated(args.batch, "--batch")
+    for flag, value in (("--batch", min(batches)), ("--repeats", args.repeats)):
+        if value < 1:
+            raise ValueError(f"{flag} {value}: expected at least 1")
+    for batch in batches:
         rows.append(sampling(config, batch, args))
         if args.train:
             rows.append(training(config, batch, args))
     print(text_table(rows))
     print(json.dumps(rows))
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+        with cli.output_file("--json", args.json) as path:
+            path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def sampling(config, batch: int, args) -> dict:
@@ -80,10 +84,9 @@ def sampling(config, batch: int, args) -> dict:
         }
     params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), shapes)
     labels = jnp.arange(batch) % config.model.num_classes
-    _, report = benchmark.compile_report(type(sampler)._sample, sampler, params, jax.random.key(0), labels, settings, None)
-    times = benchmark.measure(
-        lambda: sampler(params, jax.random.key(1), labels, Settings(top_p=0.96)), repeats=args.repeats
-    )
+    inputs = (params, jax.random.key(1), labels, settings, None)
+    compiled, report = benchmark.compile_report(type(sampler)._sample, sampler, *inputs)
+    times = benchmark.measure(compiled, *inputs, repeats=args.repeats)
     return row | report | times | {"images_per_s": batch / times["seconds"]}
 
 

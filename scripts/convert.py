@@ -6,12 +6,16 @@ python scripts/convert.py export --workdir runs/d16 --generator g.safetensors --
 """
 
 import argparse
+from pathlib import Path
 
 from jaxgen import cli
 from jaxgen.interop import var
 from jaxgen.recipe import modules
 from jaxgen.recipes import next_scale
 from jaxgen.train import save_config, save_params
+
+# What the authors' code fixes and their files therefore leave out.
+UNSAVED = {"groups": 32, "phi_ratio": 0.5, "cosine": False}
 
 
 def main():
@@ -27,6 +31,9 @@ def main():
 
 
 def import_checkpoints(args):
+    taken = [name for name in ("config.json", "checkpoints") if (Path(args.workdir) / name).exists()]
+    if taken:
+        raise ValueError(f"--workdir {args.workdir}: already has {' and '.join(taken)}; import into a new one")
     patch_nums = tuple(cli.comma_separated(args.patch_nums, "--patch_nums")) if args.patch_nums else None
     if not args.generator:
         # Nothing of a tokenizer's parameters depends on the scales, so any will do to read it.
@@ -37,18 +44,28 @@ def import_checkpoints(args):
     model = var.load(
         generator=args.generator, tokenizer=args.tokenizer, patch_nums=patch_nums, num_heads=args.num_heads
     )
-    save_config(args.workdir, next_scale.config_of(model.generator, model.tokenizer))
     save_params(args.workdir, "tokenizer", {"tokenizer": model.params["tokenizer"]})
     save_params(args.workdir, "generator", {"generator": model.params["generator"]})
+    # Last, since it makes the directory a run's.
+    save_config(args.workdir, next_scale.config_of(model.generator, model.tokenizer))
     print(f"{args.workdir}: depth {model.generator.depth}, scales {model.patch_nums}, {model.num_classes} classes")
 
 
 def export_checkpoints(args):
     if not args.generator:
         raise ValueError("--generator: exporting writes both files")
+    for flag, path in (("--generator", args.generator), ("--tokenizer", args.tokenizer)):
+        if not path.endswith(".safetensors") or not Path(path).parent.is_dir():
+            raise ValueError(f"{flag} {path}: expected a name that ends in .safetensors, in a folder that exists")
     recipe, params = cli.open_workdir(args.workdir)
     params = {name: variables for name, variables in modules(params).items() if name in ("generator", "tokenizer")}
     config = recipe.config
+    for field, theirs in UNSAVED.items():
+        if getattr(config.tokenizer, field) != theirs:
+            raise ValueError(
+                f"{args.workdir}: tokenizer.{field}={getattr(config.tokenizer, field)}; files in the authors' layout do not say "
+                f"so, and are read as {field}={theirs}"
+            )
     model = var.VAR(generator=config.build_generator(), tokenizer=config.build_tokenizer(), params=params)
     model.save(generator=args.generator, tokenizer=args.tokenizer)
     print(f"{args.generator}, {args.tokenizer}: written in the authors' layout")

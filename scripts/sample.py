@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--step", help="a checkpoint's step, or best; the latest if left out")
     parser.add_argument("--scale", type=int, default=1, help="enlarges the picture")
     parser.add_argument("--image", help="a picture to edit")
-    parser.add_argument("--box", default="0.25,0.25,0.75,0.75", help="top,left,bottom,right as shares of the picture")
+    parser.add_argument("--box", help="top,left,bottom,right as shares of the picture; 0.25,0.25,0.75,0.75 if left out")
     parser.add_argument("--outpaint", action="store_true", help="keep the box and make the rest, instead of the reverse")
     parser.add_argument("--mesh", help="axes and sizes, such as data=4; one device if left out")
     parser.add_argument("--out", required=True, help="a .png for the picture")
@@ -38,6 +38,11 @@ def main():
     args = parser.parse_args()
     if args.num < 1:
         raise ValueError(f"--num {args.num}: must be at least 1")
+    for flag, path, suffix in (("--out", args.out, ".png"), ("--npz", args.npz, ".npz")):
+        if path and not path.endswith(suffix):
+            raise ValueError(f"{flag} {path}: the name has to end in {suffix}")
+    if (args.box or args.outpaint) and not args.image:
+        raise ValueError("--box and --outpaint edit a picture: --image is missing")
     labels = np.repeat(cli.comma_separated(args.labels, "--labels"), args.num)
     step = int(args.step) if args.step and args.step.isdigit() else args.step
     mesh = make_mesh(args.mesh) if args.mesh else None
@@ -45,13 +50,16 @@ def main():
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
     batch = min(args.batch_size, len(labels))
     if args.image:
-        box = cli.comma_separated(args.box, "--box", float)
+        box = cli.comma_separated(args.box or "0.25,0.25,0.75,0.75", "--box", float)
         settings["image"] = read_image(args.image, recipe.config.data)
         settings["keep"] = box_mask(box, outpaint=args.outpaint)
     images = sample_many(recipe, params, jax.random.key(args.seed), labels, batch_size=batch, mesh=mesh, **settings)
-    pictures.save_png(args.out, pictures.grid(images, args.num, scale=args.scale))
+    picture = pictures.grid(images, args.num, scale=args.scale)
+    with cli.output_file("--out", args.out) as path:
+        pictures.save_png(path, picture)
     if args.npz:
-        np.savez_compressed(args.npz, images=to_uint8(images), labels=labels)
+        with cli.output_file("--npz", args.npz) as path:
+            np.savez_compressed(path, images=to_uint8(images), labels=labels)
     print(f"{args.out}: {len(images)} samples")
 
 

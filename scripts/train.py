@@ -20,6 +20,7 @@ def main():
     recipe = cli.load_config_file(args.config).get_config(args.variant).override(args.set)
     mesh = make_mesh(args.mesh)
     recipe = recipe.config.resolve().recipe()
+    cli.check_stages(recipe, mesh)
     train(recipe, args.workdir, mesh=mesh, run=recipe.config.run)
 
 

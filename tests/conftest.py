@@ -54,7 +54,7 @@ def tiny():
     from jaxgen.tokenizers import MultiScaleTokenizer
 
     tokenizer = MultiScaleTokenizer(
-        ch=8, ch_mult=(1, 2), res_blocks=1, groups=4, vocab=16, width=6, patch_nums=(1, 2, 3), phis=2
+        ch=8, ch_mult=(1, 2), res_blocks=1, attention=False, groups=4, vocab=16, width=6, patch_nums=(1, 2, 3), phis=2
     )
     generator = NextScaleTransformer(
         vocab=16, num_classes=3, patch_nums=(1, 2, 3), width=32, heads=2, depth=2, scan_layers=True
@@ -64,7 +64,7 @@ def tiny():
         "tokenizer": random_params(jax.eval_shape(tokenizer.init, jax.random.key(0), image), seed=1),
         "generator": random_params(generator.param_shapes(tokenizer.width), seed=2),
     }
-    params = jax.tree.map(jax.numpy.asarray, params)
+    params = jax.device_put(params)
     # Features as long as the codes, so that many codes occur.
     params["tokenizer"]["params"]["quant_conv"]["kernel"] *= 4
     # Logits with a standard deviation of about 1.5: neither uniform nor decided.

@@ -126,6 +126,7 @@ def check_labels(labels, num_classes: int) -> Int[Array, "b"]:
     return jnp.asarray(labels, jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=("order", "batch"))
 def keep_tokens(order: Order, mask: Bool[Array, "*b h w"], *, batch: int) -> Bool[Array, "b l"]:
     """Which tokens to keep when the pixels or cells of `mask` are to stay as they are.
 

@@ -193,7 +193,8 @@ def load(
             f"{generator} (vocabulary {module.vocab}, code width {width}) does not belong to "
             f"{tokenizer} (vocabulary {tokenizer_module.vocab}, code width {tokenizer_module.width})"
         )
-    params = jax.tree.map(jnp.asarray, {"generator": variables, "tokenizer": tokenizer_variables})
+    # A copy, since the arrays may be views of the files; `jnp.asarray` would compile a program for every shape.
+    params = jax.device_put({"generator": variables, "tokenizer": tokenizer_variables}, may_alias=False)
     return VAR(generator=module, tokenizer=tokenizer_module, params=params)
 
 

@@ -48,7 +48,12 @@ def compare_generators(
     Each system's row holds means over the seeds, with the spread (max - min) behind them where there is more than one seed; the
     seeds share the system's tokenizer. Sampling is without guidance and truncation, so that the model's own law is judged, by
     one classifier for all systems.
+
+    Raises:
+      ValueError: no seeds.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: expected at least 1")
     rows = []
     judge = {}
     for name, config in systems.items():

@@ -20,6 +20,7 @@ from jaxgen.objectives.likelihood import cross_entropy, drop_labels
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.classifier import classifier_stage
+from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.tokenizer import TokenizerTrainConfig, tokenizer_stage
 from jaxgen.tokenizers import MultiScaleTokenizer
 from jaxgen.train.loop import RunConfig
@@ -72,6 +73,10 @@ class TokenizerConfig:
     codebook_init: float = 1.0
     dtype: str = "float32"
 
+    def __post_init__(self):
+        sizes = dict(ch=1, ch_mult=1, res_blocks=1, groups=1, vocab=1, width=1, patch_nums=1, phis=1)
+        check_fields("tokenizer", self, **sizes, beta=0, shares=("dropout", "phi_ratio"))
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -93,9 +98,7 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name, least in (("depth", 1), ("width", 0), ("heads", 0), ("num_classes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"model.{name}={getattr(self, name)}: expected at least {least}")
+        check_fields("model", self, depth=1, width=0, heads=0, num_classes=0, mlp_ratio=0.1, shares=("drop_path_rate",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +124,7 @@ class ModelTrainConfig:
     optim: OptimConfig = OptimConfig()
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"model_train.batch_size={self.batch_size}: expected at least 1")
-        for name in ("class_drop", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"model_train.{name}={getattr(self, name)}: expected a share in [0, 1]")
+        check_fields("model_train", self, steps=0, batch_size=1, accumulate=1, shares=("ema", "class_drop", "label_smoothing"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +135,9 @@ class ClassifierConfig:
     batch_size: int = 128
     width: int = 32
     lr: float = 1e-3
+
+    def __post_init__(self):
+        check_fields("classifier", self, steps=0, batch_size=1, width=1, lr=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +228,7 @@ def _sample(sampler: NextScaleSampler, params: Mapping[str, Any], key, labels, *
         tokens = jnp.broadcast_to(tokens, (len(labels), tokens.shape[1]))
         known = Known(tokens, keep_tokens(sampler.generator.order, keep, batch=len(labels)))
         if known.keep.all():
-            raise ValueError(f"the part of the image that is to change is smaller than a token: {known.keep.shape[1]} tokens stay")
+            raise ValueError(f"what is to change of the image is smaller than a token: all {known.keep.shape[1]} stay")
     images, tokens = sampler(params, key, labels, Settings(**settings), known)
     return {"images": images, "tokens": tokens}
 

@@ -21,6 +21,7 @@ from jaxgen.objectives.adversarial import adaptive_weight, hinge_discriminator, 
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.quantizers import CodebookState, revive
 from jaxgen.recipe import Stage
+from jaxgen.recipes.fields import check_fields
 from jaxgen.tokenizers import MultiScaleTokenizer
 
 __all__ = ["TokenizerTrainConfig", "tokenizer_stage"]
@@ -67,12 +68,9 @@ class TokenizerTrainConfig:
     optim: OptimConfig = OptimConfig()
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"tokenizer_train.batch_size={self.batch_size}: expected at least 1")
-        names = ("l1_weight", "l2_weight", "perceptual_weight", "adversarial_weight", "revive_every", "revive_threshold")
-        for name in names:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"tokenizer_train.{name}={getattr(self, name)}: expected a number that is not negative")
+        weights = dict(l1_weight=0, l2_weight=0, perceptual_weight=0, adversarial_weight=0)
+        counts = dict(steps=0, batch_size=1, accumulate=1, adversarial_start=0, revive_every=0, revive_threshold=0)
+        check_fields("tokenizer_train", self, **weights, **counts, shares=("ema",))
 
 
 def tokenizer_stage(

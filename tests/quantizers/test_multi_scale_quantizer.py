@@ -104,7 +104,7 @@ def case(randomize):
     rng = np.random.default_rng(5)
     features = rng.normal(size=(2, SIDE, SIDE, WIDTH)).astype(np.float32)
     shapes = jax.eval_shape(module().init, jax.random.key(0), features)
-    params = jax.tree.map(jnp.asarray, randomize(shapes, seed=6))
+    params = jax.device_put(randomize(shapes, seed=6))
     out = jax.jit(module().apply)(params, features)
     return types.SimpleNamespace(features=features, params=params, out=out, reference=Reference(params))
 
@@ -271,7 +271,7 @@ def test_oblong_grids():
 def test_initial_codebook_is_uniform():
     features = np.zeros((1, 1, 1, 8), np.float32)
     quantizer = MultiScaleQuantizer(vocab=4000, width=8, patch_nums=(1,), codebook_init=0.25)
-    codebook = np.asarray(quantizer.init(jax.random.key(0), features)["params"]["codebook"])
+    codebook = np.asarray(jax.jit(quantizer.init)(jax.random.key(0), features)["params"]["codebook"])
     assert abs(codebook).max() <= 0.25
     np.testing.assert_allclose(codebook.std(), 0.25 / math.sqrt(3), rtol=0.02)
 
