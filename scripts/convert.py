@@ -66,6 +66,12 @@ def export_checkpoints(args):
                 f"{args.workdir}: tokenizer.{field}={getattr(config.tokenizer, field)}; files in the authors' layout do not say "
                 f"so, and are read as {field}={theirs}"
             )
+    used = sum(name.startswith("phi_") for name in params["tokenizer"]["params"]["quantizer"])
+    if used != config.tokenizer.phis:
+        raise ValueError(
+            f"{args.workdir}: tokenizer.phis={config.tokenizer.phis}, of which its {len(config.tokenizer.patch_nums)} scales use "
+            f"{used}; files in the authors' layout have them all"
+        )
     model = var.VAR(generator=config.build_generator(), tokenizer=config.build_tokenizer(), params=params)
     model.save(generator=args.generator, tokenizer=args.tokenizer)
     print(f"{args.generator}, {args.tokenizer}: written in the authors' layout")

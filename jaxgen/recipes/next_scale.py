@@ -42,14 +42,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 RULES = (
     (r"blocks/.*qkv/kernel", P(None, "fsdp", None, "tensor", None)),
     (r"blocks/.*proj/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks/.*(fc1|dense)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/.*fc1/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/.*dense/kernel", P(None, "fsdp", None, "tensor")),
     (r"blocks/.*fc2/kernel", P(None, "tensor", "fsdp")),
     (r"blocks_\d+/.*qkv/kernel", P("fsdp", None, "tensor", None)),
     (r"blocks_\d+/.*proj/kernel", P("tensor", None, "fsdp")),
-    (r"blocks_\d+/.*(fc1|dense)/kernel", P("fsdp", "tensor")),
+    (r"blocks_\d+/.*fc1/kernel", P("fsdp", "tensor")),
+    (r"blocks_\d+/.*dense/kernel", P("fsdp", None, "tensor")),
     (r"blocks_\d+/.*fc2/kernel", P("tensor", "fsdp")),
     (r"head/head/kernel", P("fsdp", "tensor")),
-    (r"shared_ada/kernel", P("fsdp")),
+    (r"(shared_ada|head/ada)/kernel", P("fsdp", None, "tensor")),
 )
 
 

@@ -1,6 +1,7 @@
 """The compiled sampler against a loop in NumPy over full forward passes, an enumerated law, and its own program text."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -22,13 +23,14 @@ KEY = jax.random.key(7)
 LABELS = np.array([0, 2, 1], np.int32)
 SPANS = [(0, 1), (1, 5), (5, 14)]
 SETTINGS = Settings(cfg=1.5, temperature=0.9, top_k=7, top_p=0.8)
+NOTHING = Known(np.zeros((3, 14), np.int32), np.zeros((3, 14), bool))
 
 
 @pytest.fixture(scope="module")
 def sample(tiny):
-    """Samples for LABELS unless told otherwise; every call has three rows, and so shares a program."""
+    """Samples for LABELS unless told otherwise; calls with three rows share a program."""
 
-    def run(settings=SETTINGS, labels=LABELS, known=None, key=KEY, sampler=tiny.sampler):
+    def run(settings=SETTINGS, labels=LABELS, known=NOTHING, key=KEY, sampler=tiny.sampler):
         images, tokens = sampler(tiny.params, key, labels, settings, known)
         return np.asarray(images), np.asarray(tokens)
 
@@ -52,6 +54,12 @@ def model(tiny):
     return types.SimpleNamespace(
         logits=logits, inputs=inputs, decode=decode, feed=feed, decode_features=decode_features
     )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def noise(key, stream=0):
+    """Of all rows and positions."""
+    return gumbel(key, jnp.arange(3), jnp.arange(14), 16, stream=stream)
 
 
 def truncated(row, temperature, top_k, top_p):
@@ -80,10 +88,10 @@ def python_loop(model, settings, labels=LABELS, known=None, smooth=False):
         t = settings.cfg * s / 2
         logits = (1 + t) * conditional - t * unconditional
         logits = np.apply_along_axis(truncated, -1, logits, settings.temperature, settings.top_k, settings.top_p)
-        codes = ids = (logits + gumbel(KEY, jnp.arange(b), jnp.arange(start, end), 16)).argmax(-1)
+        codes = ids = (logits + noise(KEY)[:b, start:end]).argmax(-1)
         if smooth:  # the authors' `more_smooth`
             tau = max(0.27 * (1 - s / 2 * 0.95), 0.005)
-            z = (logits * (1 + s / 2) + gumbel(KEY, jnp.arange(b), jnp.arange(start, end), 16, stream=1)) / tau
+            z = (logits * (1 + s / 2) + noise(KEY, 1)[:b, start:end]) / tau
             codes = np.exp(z - z.max(-1, keepdims=True))
             codes = (codes / codes.sum(-1, keepdims=True)).astype(np.float32)
             ids = codes.argmax(-1)
@@ -151,14 +159,14 @@ def test_one_trace_for_all_settings_labels_keys_and_parameters(tiny, sample, usu
     )
     sample(Settings(), labels=jnp.array([1, 1, 1]), key=jax.random.key(1))
     assert NextScaleSampler._sample._cache_size() == before
-    sample(labels=[1, 2])
+    sample(labels=[1, 2], known=None)
     assert NextScaleSampler._sample._cache_size() == before + 1
 
 
 def test_a_row_does_not_depend_on_its_batch(sample, usual):
     """Row i depends on the key, i, its label and the settings: not on how many rows there are or what they ask for."""
     _, tokens = usual
-    np.testing.assert_array_equal(sample(labels=LABELS[:2])[1], tokens[:2])
+    np.testing.assert_array_equal(sample(labels=LABELS[:2], known=None)[1], tokens[:2])
     _, permuted = sample(labels=LABELS[[0, 2, 1]])
     np.testing.assert_array_equal(permuted[0], tokens[0])
     _, others = sample(labels=np.array([3, 2, 3]))
@@ -184,7 +192,7 @@ def test_known_tokens_are_forced(model, sample, usual):
     images, tokens = forced(np.ones((3, 14), bool))
     np.testing.assert_array_equal(tokens, given)
     np.testing.assert_allclose(images, model.decode(given), atol=1e-5)
-    np.testing.assert_array_equal(forced(np.zeros((3, 14), bool))[1], usual[1])
+    np.testing.assert_array_equal(forced(np.zeros((3, 14), bool))[1], usual[1])  # whatever the tokens
 
 
 def test_errors(tiny, sample):
@@ -325,7 +333,7 @@ def compiled(generator, tiny):
     sampler = NextScaleSampler(generator=generator, tokenizer=tiny.tokenizer)
     settings = Settings(*[jax.ShapeDtypeStruct((), jnp.float32)] * 4)
     labels = jax.ShapeDtypeStruct((3,), jnp.int32)
-    return NextScaleSampler._sample.lower(sampler, tiny.params, KEY, labels, settings, None).compile()
+    return NextScaleSampler._sample.lower(sampler, tiny.params, KEY, labels, settings, NOTHING).compile()
 
 
 def shapes_in(program) -> set[tuple[int, ...]]:

@@ -97,13 +97,12 @@ def test_the_compiled_loop_is_the_python_loop(full, sample, settings):
             np.float64(full(labels, tokens)[:, i]) for labels in (LABELS, np.full(B, CLASSES, np.int32))
         )
         logits = ((1 + settings.cfg) * conditional - settings.cfg * unconditional) / settings.temperature
-        noise = whole_noise[:, i]
         for b in range(B):
             order = np.argsort(-logits[b])[: settings.top_k or None]
             if settings.top_p:
                 law = np.exp(logits[b, order]) / np.exp(logits[b, order]).sum()
                 order = order[np.cumsum(law) - law < settings.top_p]
-            tokens[b, i] = order[np.argmax(logits[b, order] + noise[b, order])]
+            tokens[b, i] = order[np.argmax(logits[b, order] + whole_noise[b, i, order])]
     np.testing.assert_array_equal(sample(settings), tokens)
 
 

@@ -72,8 +72,7 @@ def test_head(randomize):
 
 
 def test_head_init_scales_the_classifier():
-    def kernel(factor):
-        module = AdaLNHead(11, head_init=factor)
-        return jax.jit(module.init)(jax.random.key(0), X, COND)["params"]["head"]["kernel"]
-
-    np.testing.assert_allclose(kernel(0.02), 0.02 * kernel(1.0), rtol=1e-5)
+    module = AdaLNHead(11, kernel_init=nn.initializers.ones_init(), rest_init=0.5, head_init=0.02)
+    params = jax.jit(module.init)(jax.random.key(0), X, COND)["params"]
+    np.testing.assert_allclose(params["head"]["kernel"], np.full((8, 11), 0.02), rtol=1e-6)
+    np.testing.assert_allclose(params["ada"]["kernel"], np.full((8, 2, 8), 0.5), rtol=1e-6)

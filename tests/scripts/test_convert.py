@@ -1,0 +1,155 @@
+"""Official layouts into a work directory and back. The weights are random: nothing is trained or compiled here."""
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgen.interop.files import read_state_dict, write_safetensors
+from jaxgen.train import load_config, load_params
+
+# What the authors' files take for granted.
+LIKE_THEIRS = ("tokenizer.ch=32", "tokenizer.groups=32", "tokenizer.attention=true", "tokenizer.phis=2")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, put_weights):
+    """(a work directory, the configuration and parameters in it)"""
+    workdir = tmp_path_factory.mktemp("convert") / "run"
+    return workdir, *put_weights(workdir, *LIKE_THEIRS)
+
+
+@pytest.fixture
+def files(exported, succeeds, tmp_path):
+    """The flags and paths of an exported pair."""
+    flags = {"--generator": tmp_path / "g.safetensors", "--tokenizer": tmp_path / "t.safetensors"}
+    succeeds("convert", "export", "--workdir", exported[0], *(x for pair in flags.items() for x in pair))
+    return flags
+
+
+def arguments(files):
+    return [x for pair in files.items() for x in pair]
+
+
+@pytest.mark.numeric
+def test_there_and_back_again_nothing_has_changed(exported, files, succeeds, tmp_path):
+    _, config, params = exported
+    out = succeeds("convert", "import", "--workdir", tmp_path / "back", *arguments(files))
+    assert out == f"{tmp_path}/back: depth 2, scales (1, 2, 4), 10 classes\n"
+    for name in ("tokenizer", "generator"):
+        found, state = load_params(tmp_path / "back", name)
+        jax.tree.map(np.testing.assert_array_equal, found, {name: params[name]})
+        assert jax.tree.leaves(state) == []
+    back = load_config(tmp_path / "back")
+    assert back.data.channels == 1 and back.data.image_size == 8
+    for group, names in (("model", "depth width heads num_classes l2_norm"), ("tokenizer", "ch ch_mult vocab width patch_nums")):
+        for name in names.split():
+            assert getattr(getattr(back, group), name) == getattr(getattr(config, group), name), name
+    # The names are the authors'.
+    state = read_state_dict(files["--generator"])
+    assert state["blocks.1.attn.scale_mul_1H11"].shape == (1, 2, 1, 1) and state["lvl_1L"].tolist() == [[0] + 4 * [1] + 16 * [2]]
+
+
+def test_a_tokenizer_alone(exported, files, succeeds, tmp_path):
+    out = succeeds("convert", "import", "--workdir", tmp_path / "new", "--tokenizer", files["--tokenizer"])
+    assert "train a generator on it" in out and [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoints"]
+    found, _ = load_params(tmp_path / "new", "tokenizer")
+    jax.tree.map(np.testing.assert_array_equal, found["tokenizer"], exported[2]["tokenizer"])
+
+
+class Attack:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def change(path, edit):
+    """Writes the state dict at `path` again after `edit(state)`."""
+    state = dict(read_state_dict(path))
+    edit(state)
+    write_safetensors(path, state)
+
+
+@pytest.mark.parametrize(
+    "flag, damage, message",
+    [
+        ("--generator", lambda path: path.unlink(), "g.safetensors: no such file"),
+        ("--generator", lambda path: path.write_bytes(path.read_bytes()[:5000]), "g.safetensors: truncated or damaged"),
+        ("--tokenizer", lambda path: path.write_bytes(b""), "t.safetensors: truncated or damaged"),
+        ("--generator", lambda path: change(path, lambda s: s.update(spoon=np.zeros(3))), "g.safetensors: .*spoon"),
+        ("--generator", lambda path: change(path, lambda s: s.pop("head.bias")), "g.safetensors: .*head.bias"),
+        (
+            "--tokenizer",
+            lambda path: change(path, lambda s: s.update({"quant_conv.weight": np.zeros((5, 64, 3, 3), np.float32)})),
+            r"t.safetensors: .*quant_conv.*5",
+        ),
+        (
+            "--tokenizer",
+            lambda path: change(path, lambda s: s.update({"quantize.embedding.weight": np.zeros((7, 4), np.float32)})),
+            r"g.safetensors \(vocabulary 16, .* does not belong to .*t.safetensors \(vocabulary 7",
+        ),
+    ],
+)
+def test_files_that_cannot_be_used_are_named_and_leave_nothing(files, refused, tmp_path, flag, damage, message):
+    damage(files[flag])
+    line = refused("convert", "import", "--workdir", tmp_path / "back", *arguments(files))
+    assert re.search(message, line), line
+    assert not (tmp_path / "back").exists()
+
+
+def test_code_in_a_checkpoint_never_runs(files, refused, tmp_path):
+    mark = tmp_path / "mark"
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"head.weight": Attack(mark)}, protocol=2))
+        archive.writestr("archive/version", "3\n")
+    evil = tmp_path / "evil.pth"
+    evil.write_bytes(stream.getvalue())
+    line = refused("convert", "import", "--workdir", tmp_path / "back", *arguments(files | {"--generator": evil}))
+    assert str(evil) in line and "system" in line
+    assert not mark.exists() and not (tmp_path / "back").exists()
+
+
+def test_other_arguments(exported, files, refused, tmp_path):
+    back = ("convert", "import", "--workdir", tmp_path / "back", *arguments(files))
+    assert "patch_nums=(1, 2, 3) give 14 positions" in refused(*back, "--patch_nums", "1,2,3")
+    assert "--patch_nums 1,x: 'x' is not int" in refused(*back, "--patch_nums", "1,x")
+    assert not (tmp_path / "back").exists()
+    taken = refused("convert", "import", "--workdir", exported[0], *arguments(files))
+    assert taken == f"--workdir {exported[0]}: already has config.json and checkpoints; import into a new one"
+
+    out = ("convert", "export", "--workdir", exported[0])
+    assert "--generator: exporting writes both files" in refused(*out, "--tokenizer", tmp_path / "x.safetensors")
+    for bad in (tmp_path / "gone" / "x.safetensors", tmp_path / "x.pth"):
+        line = refused(*out, "--generator", tmp_path / "x.safetensors", "--tokenizer", bad)
+        assert line == f"--tokenizer {bad}: expected a name that ends in .safetensors, in a folder that exists"
+    assert not (tmp_path / "x.safetensors").exists()
+    assert "is not a run's directory" in refused("convert", "export", "--workdir", tmp_path, *arguments(files))
+
+
+def test_convolutions_that_no_scale_uses(put_weights, refused, tmp_path):
+    put_weights(tmp_path / "run", *LIKE_THEIRS[:-1], "tokenizer.phis=4")
+    files = {"--generator": tmp_path / "g.safetensors", "--tokenizer": tmp_path / "t.safetensors"}
+    line = refused("convert", "export", "--workdir", tmp_path / "run", *arguments(files))
+    assert "tokenizer.phis=4, of which its 3 scales use 3" in line and not any(path.exists() for path in files.values())
+
+
+@pytest.mark.parametrize("field, value, theirs", [("groups", 8, 32), ("cosine", "true", False), ("phi_ratio", 0.25, 0.5)])
+def test_what_their_files_cannot_say_is_not_exported(exported, refused, tmp_path, field, value, theirs):
+    workdir = shutil.copytree(exported[0], tmp_path / "run")
+    saved = json.loads((workdir / "config.json").read_text())
+    saved["tokenizer"][field] = json.loads(str(value))
+    (workdir / "config.json").write_text(json.dumps(saved))
+    files = {"--generator": tmp_path / "g.safetensors", "--tokenizer": tmp_path / "t.safetensors"}
+    line = refused("convert", "export", "--workdir", workdir, *arguments(files))
+    assert f"tokenizer.{field}=" in line and f"are read as {field}={theirs}" in line
+    assert not any(path.exists() for path in files.values())
