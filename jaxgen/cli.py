@@ -24,6 +24,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     `JAXGEN_TRACEBACK=1` shows the whole traceback instead.
     """
+    sys.stdout.reconfigure(line_buffering=True)  # progress shows at once in a pipe or a log file, too
     try:
         code = main() or 0
     except Interrupted as stop:

@@ -165,7 +165,7 @@ def tokenizer_stage(
         kwargs = dict(batch_size=config.batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
         return batches(source, data_config, **kwargs)
 
-    missing = config.perceptual_weight and not config.perceptual_path
+    missing = config.steps and config.perceptual_weight and not config.perceptual_path
     order = tokenizer.order
     tokens_per_batch = config.batch_size // config.accumulate * order.length
     return Stage(

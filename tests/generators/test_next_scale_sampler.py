@@ -136,7 +136,8 @@ def test_mixtures_of_codes(tiny, model, sample, usual):
         images, tokens = sample(known=known, sampler=smooth)
         np.testing.assert_array_equal(tokens, want)
         np.testing.assert_array_equal(tokens[keep], given[keep])
-        np.testing.assert_allclose(images, image, atol=2e-5)
+        # The last scale's softmax divides by 0.0135 and 2: rounding of the logits grows by a hundred.
+        np.testing.assert_allclose(images, image, atol=3e-4)
         assert np.abs(images - model.decode(tokens)).max() > 1e-3 and np.any(tokens != usual[1])
 
     # Where everything is given there is nothing to mix.

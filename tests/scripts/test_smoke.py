@@ -78,7 +78,6 @@ def test_run_again_nothing_is_trained(trained, succeeds, config_path):
     assert read_rows(trained.workdir) == trained.rows
 
 
-@pytest.mark.numeric
 def test_half_and_half_is_the_whole(trained, copied, succeeds, config_path):
     workdir = copied("generator/10", "classifier/5", "classifier/10")
     lines = succeeds(*train_args(config_path, workdir)).splitlines()

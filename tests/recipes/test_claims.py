@@ -1,0 +1,116 @@
+"""How claims are measured: who trains what, on whose tokens, judged by whom. Training and measuring themselves are stubs."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen import config as config_lib
+from jaxgen.recipes import claims
+from jaxgen.recipes.next_scale import NextScaleConfig
+from jaxgen.train import load_params
+
+BASE = config_lib.override(
+    NextScaleConfig(),
+    ["classifier.steps=5", "model.num_classes=3", "tokenizer.patch_nums=1,2", "tokenizer.phis=1", "data.image_size=32"],
+)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stubs `train`: a stage learns (number of the training, seed); one of 0 steps has to find its weights in the directory."""
+    calls = []
+
+    def train(recipe, workdir, *, run, log):
+        results = {}
+        call = {"seed": run.seed, "depth": recipe.config.model.depth, "trained": []}
+        for stage in recipe.stages:
+            if stage.steps:
+                weights = np.full((4, recipe.config.model.depth), 100.0 * run.seed + len(calls), np.float32)
+                params = {stage.name: {"w": weights}}
+                call["trained"].append(stage.name)
+            else:
+                params, _ = load_params(workdir, stage.name)
+            metrics = {"nll": 2.0 * recipe.config.model.depth**-0.5, "nll_last_step": 1.0}
+            results[stage.name] = types.SimpleNamespace(params=params, metrics=metrics)
+        calls.append(call)
+        return results
+
+    monkeypatch.setattr(claims, "train", train)
+    return calls
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Stubs `evaluate_images` and the clock."""
+    calls = []
+
+    def evaluate(recipe, params, key, *, num, batch_size, settings):
+        value = float(np.mean(params["generator"]["generator"]["w"]))
+        calls.append({name: float(np.mean(params[name][name]["w"])) for name in params} | {"num": num, "settings": settings})
+        generation = {"class_accuracy": value, "frechet": 2 * value, "class_accuracy_real": 0.97, "frechet_real": 0.5}
+        return {"reconstruction": {"psnr": 20.0}, "generation": generation}, None
+
+    monkeypatch.setattr(claims, "evaluate_images", evaluate)
+    monkeypatch.setattr(claims, "_seconds_an_image", lambda recipe, params, batch: 1.0 / batch)
+    return calls
+
+
+def test_systems_share_a_judge_and_seeds_share_a_tokenizer(trained, judged):
+    systems = {"A": BASE, "B": config_lib.override(BASE, ["tokenizer.patch_nums=2", "model.depth=3"])}
+    claim = claims.compare_generators(systems, seeds=2, samples=30, log=lambda line: None)
+    assert [call["trained"] for call in trained] == [
+        ["tokenizer", "generator", "classifier"],
+        ["generator"],
+        ["tokenizer", "generator"],
+        ["generator"],
+    ]
+    assert [(call["seed"], call["depth"]) for call in trained] == [(0, 16), (1, 16), (0, 3), (1, 3)]
+    assert [call["tokenizer"] for call in judged] == [0, 0, 2, 2]
+    assert [call["classifier"] for call in judged] == [0, 0, 0, 0]
+    assert [call["generator"] for call in judged] == [0, 101, 2, 103]
+    assert all(call["num"] == 30 and call["settings"] == {"cfg": 0.0, "top_k": 0, "top_p": 0.0} for call in judged)
+
+    a, b = claim.rows
+    assert (a["system"], b["system"]) == ("A", "B") and (a["model calls"], a["tokens"]) == (2, 5)
+    assert (b["model calls"], b["tokens"]) == (1, 4)
+    assert a["class accuracy"] == "50.5 (1e+02)" and b["Frechet"] == "105 (2e+02)" and a["PSNR of tokens"] == "20 (0)"
+    assert a["parameters M"] == pytest.approx(4 * 16 / 1e6, abs=1e-3)
+    assert (a["ms/image, batch 1"], a["ms/image, batch 64"]) == (1000.0, 15.625)
+    assert (a["real class accuracy"], a["Frechet, real test images"]) == (0.97, 0.5)
+    assert claim.notes == "2 seeds; mean (spread). Model calls an image: 2 against 1."
+
+
+def test_one_seed_has_no_spread_and_none_is_an_error(trained, judged):
+    claim = claims.compare_generators({"A": BASE}, seeds=1, samples=30, log=lambda line: None)
+    assert claim.rows[0]["class accuracy"] == 0.0 and claim.rows[0]["PSNR of tokens"] == 20.0
+    with pytest.raises(ValueError, match="seeds=0: expected at least 1"):
+        claims.compare_generators({"A": BASE}, seeds=0, samples=30, log=lambda line: None)
+
+
+def test_a_power_law_through_the_sizes(trained):
+    """Losses 2 depth^-1/2 with sizes proportional to depth: the exponent is -1/2."""
+    sizes = {f"d{depth}": config_lib.override(BASE, [f"model.depth={depth}"]) for depth in (25, 100, 400, 2500)}
+    claim = claims.scaling_law(sizes, log=lambda line: None)
+    assert [call["trained"] for call in trained] == [["tokenizer", "generator"], *[["generator"]] * 3]
+    assert [row["model"] for row in claim.rows] == list(sizes)
+    assert [row["parameters M"] for row in claim.rows] == [0.0001, 0.0004, 0.0016, 0.01]
+    assert [row["test nll"] for row in claim.rows] == pytest.approx([0.4, 0.2, 0.1, 0.04])
+    assert "a = -0.5000" in claim.notes and "r = -1.0000" in claim.notes
+
+
+def test_seconds_an_image_are_warm_and_per_image(monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(claims, "time", types.SimpleNamespace(perf_counter=lambda: clock["now"]))
+    waits = iter([50.0, 4.0, 2.0, 8.0])
+    seen = []
+
+    def sample(params, key, labels):
+        clock["now"] += next(waits)
+        seen.append(labels.tolist())
+        return {"images": jnp.zeros(3)}
+
+    recipe = types.SimpleNamespace(config=BASE, sample=sample)
+    assert claims._seconds_an_image(recipe, {}, 5, repeats=3) == 4.0 / 5
+    assert seen == [[0, 1, 2, 0, 1]] * 4
