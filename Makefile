@@ -35,7 +35,8 @@ lint: $(STAMP)
 compile-check: $(STAMP)
 	$(BIN)/pip install --quiet 'jax[tpu]'
 	TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 TPU_ACCELERATOR_TYPE=v5litepod-4 \
-	  $(BIN)/python scripts/benchmark.py var --depth 16 --batch 64 --dtype bfloat16 --train --topology v5e:2x2
+	  $(BIN)/python scripts/benchmark.py var --depth 2 --batch 4 --dtype bfloat16 --train --topology v5e:2x2 \
+	  --set data.image_size=64 tokenizer.patch_nums=1,2,3,4
 
 clean:
 	rm -rf $(VENV) .venv312 .cache runs

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -182,7 +183,8 @@ def to_jax(
     flat = {}
     for path, arrays in pieces.items():
         rule, fields = source[path]
-        holes = [i for i in range(max(arrays)) if i not in arrays]
+        # A few are enough for the message; a crafted index could leave a billion.
+        holes = list(itertools.islice((i for i in range(max(arrays)) if i not in arrays), 20))
         missing += [rule.theirs.format(**fields, **{rule.stacked: i}) for i in holes]
         flat[path] = _stack([arrays[i] for i in sorted(arrays)], rule) if rule.stacked else arrays[0]
     problems = [_listing("unknown names", unknown), _listing("missing names", missing)]
