@@ -118,3 +118,62 @@ def test_repr_names_predicate_and_shape():
     assert (
         repr(BlockMask.build(causal, np.zeros((1, 3)), np.zeros((1, 4)))) == "BlockMask(causal, 3x4, block=(128, 64))"
     )
+
+
+@pytest.mark.parametrize("block", [(2, 3), (4, 5), (64, 64)])
+def test_lists_hold_exactly_the_live_blocks(block):
+    mask = BlockMask.build(causal_in_document, *documents(31, 29))
+    plan = mask.planned(block)
+    for lists, grid in ((mask.rows(block), plan), (mask.columns(block), plan.T)):
+        for i, row in enumerate(grid):
+            n = lists.count[i]
+            assert lists.index[i, :n].tolist() == np.flatnonzero(row).tolist()
+            assert not lists.kind[i, n:].any() and not lists.index[i, n:].any()
+    exact = mask.rows(block, padding_is_partial=False)
+    for i, row in enumerate(plan):
+        assert exact.kind[i, : exact.count[i]].tolist() == row[row > 0].tolist()
+
+
+def test_ragged_full_blocks_are_partial_for_kernels_that_pad():
+    everyone = BlockMask.build(causal, np.ones((1, 5)), np.zeros((1, 6)))
+    assert everyone.rows((4, 4), padding_is_partial=False).kind.tolist() == [[2, 2], [2, 2]]
+    assert everyone.rows((4, 4)).kind.tolist() == [[2, 1], [1, 1]]
+    q_meta, k_meta = everyone.padded((4, 4))
+    assert q_meta.shape == (2, 8) and k_meta.shape == (2, 8)
+    assert q_meta[1].tolist() == [1] * 5 + [0] * 3 and k_meta[1].tolist() == [1] * 6 + [0] * 2
+
+
+def test_algebra_and_cuts():
+    q, k = documents(13, 17)
+    a, b = BlockMask.build(causal, q[:1], k[:1]), BlockMask.build(causal_in_document, q, k)
+    x, y = a.dense(), b.dense()
+    for got, want in ((a & b, x & y), (a | b, x | y), (~b, ~y), (~(a & b) | a, ~(x & y) | x), (b & b, y)):
+        np.testing.assert_array_equal(got.dense(), want)
+        np.testing.assert_array_equal(jax.jit(got.traced)(), want)
+    assert (a & b) == (a & b) and (a & b) != (a | b) and hash(a & b) == hash(a & b)
+    np.testing.assert_array_equal(b[2:9, ::-1].dense(), y[2:9, ::-1])
+    assert (b & b).q_meta.shape[0] == 2 and (a & b).q_meta.shape[0] == 3
+    with pytest.raises(ValueError, match="one shape"):
+        a & b[:5, :]
+    with pytest.raises(ValueError, match="not by 3"):
+        b[3]
+    with pytest.raises(ValueError, match="not with int"):
+        b & 1
+
+
+def test_densities():
+    mask = BlockMask.build(causal, np.arange(64)[None], np.arange(64)[None], (16, 16))
+    assert mask.density == 10 / 16
+    assert mask.element_density == 64 * 65 / 2 / 64**2
+
+
+def test_neighbours_must_not_matter():
+    def ranked(q, k):
+        return (q[0] >= k[0]) & (np.cumsum(np.ones_like(q[0] + k[0]), axis=1) % 2 == 0)
+
+    with pytest.raises(ValueError, match="changes with its neighbours"):
+        BlockMask.build(ranked, np.arange(8)[None], np.arange(8)[None])
+    with pytest.raises(ValueError, match="must give bool, not int32"):
+        BlockMask.build(lambda q, k: q[0] + k[0], np.arange(8)[None], np.arange(8)[None])
+    with pytest.raises(ValueError, match="must not be empty"):
+        BlockMask.build(causal, np.zeros((1, 0)), np.zeros((1, 3)))

@@ -1,0 +1,120 @@
+"""Choosing an implementation of an op for a problem and a device, and saying why."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kernels_pallas.device import Device, current_device
+
+__all__ = ["Choice", "Implementation", "choose", "explain"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+      name: what `implementation=` calls it.
+      module: the module or object with the functions that compute it; the op knows their names.
+      refuses: `(problem, device) -> why it cannot compute this problem there`, or None when it can.
+    """
+
+    name: str
+    module: Any
+    refuses: Callable[[Any, Device], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was picked for one call of an op, and why.
+
+    Attributes:
+      op: the op's name.
+      problem: shapes, dtypes and options of the call.
+      device: that it was picked for.
+      implementation: the name of the one picked.
+      forced: whether the caller asked for it by name.
+      refused: (name, reason) of those that were preferred but cannot compute it.
+    """
+
+    op: str
+    problem: Any
+    device: Device
+    implementation: str
+    forced: bool
+    refused: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        why = "asked for" if self.forced else "first that can"
+        lines = [f"{self.op} on {self.device}: {self.implementation} ({why}) for {self.problem}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused])
+
+
+_RECORD: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("kernels_pallas_record", default=None)
+
+
+def choose(
+    op: str, implementations: Sequence[Implementation], problem: Any, requested: str | None = None
+) -> tuple[Implementation, Device]:
+    """The first of `implementations` that can compute `problem` on the current device, or the one requested.
+
+    Raises:
+      ValueError: a requested one that does not exist or cannot compute it, with the reason.
+    """
+    device, refused = current_device(), []
+    names = [implementation.name for implementation in implementations]
+    if requested is not None and requested not in names:
+        raise ValueError(f"{op}: implementation={requested!r} is not one of {', '.join(names)}")
+    for implementation in implementations:
+        if requested not in (None, implementation.name):
+            continue
+        reason = implementation.refuses(problem, device)
+        if reason is None:
+            record = _RECORD.get()
+            if record is not None:
+                record.append(Choice(op, problem, device, implementation.name, requested is not None, tuple(refused)))
+            return implementation, device
+        if requested is not None:
+            raise ValueError(f"{op}: implementation={requested!r} cannot run on {device}: {reason}; problem: {problem}")
+        refused.append((implementation.name, reason))
+    raise ValueError(f"{op}: nothing can run on {device}: {'; '.join(f'{n}: {r}' for n, r in refused)}; problem: {problem}")
+
+
+def explain(fn: Callable, *args, **kwargs) -> tuple[Choice, ...]:
+    """Which implementation every op inside `fn(*args, **kwargs)` picks, without computing anything.
+
+    Args:
+      fn: an op of this package, or any function that calls some (a model's `apply`). What was already traced under
+        `jax.jit` is not traced again and stays unseen.
+      *args: arrays, `jax.ShapeDtypeStruct`s, or static values such as a `BlockMask`.
+      **kwargs: static values.
+
+    Returns:
+      A `Choice` a call, in order; `str(choice)` is for reading.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from kernels_pallas import block_sparse_attention
+      >>> q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+      >>> print(explain(block_sparse_attention, q, q, q, mask)[0])    # doctest: +SKIP
+    """
+    import jax
+
+    leaves, tree = jax.tree.flatten(args)
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+
+    def call(arrays):
+        arrays = iter(arrays)
+        merged = [next(arrays) if array else leaf for leaf, array in zip(leaves, is_array)]
+        return fn(*jax.tree.unflatten(tree, merged), **kwargs)
+
+    record: list[Choice] = []
+    token = _RECORD.set(record)
+    try:
+        jax.eval_shape(call, [x for x, array in zip(leaves, is_array) if array])
+    finally:
+        _RECORD.reset(token)
+    return tuple(record)

@@ -1,0 +1,59 @@
+"""Pallas's Mosaic GPU backend under one set of names for jax 0.10.2 to 0.12."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.device import Device
+
+__all__ = ["can_interpret", "kernel", "load"]
+
+_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
+
+
+def load(ref):
+    """Global memory to registers, element by element: for the few values that no copy engine brings."""
+    index = ((),) if _VERSION < (0, 11) else ()
+    return plgpu.load(ref, *index, optimized=False)
+
+
+def can_interpret() -> bool:
+    """Whether this jax interprets warp-specialised kernels on a CPU."""
+    return _VERSION >= (0, 11)
+
+
+def kernel(body: Callable, device: Device, *, out_type, scratch_types, grid, grid_names, threads: int = 1, **params) -> Callable:
+    """`plgpu.kernel` with warpgroup semantics; interpreted where the device says so.
+
+    Args:
+      body: the kernel, over references to inputs, outputs and scratch.
+      device: that it is built for.
+      out_type: shapes and dtypes of the outputs.
+      scratch_types: shared memory and barriers.
+      grid: blocks along each of `grid_names`.
+      grid_names: axes for `jax.lax.axis_index`.
+      threads: warpgroups a block; their axis is "wg".
+      **params: of `plgpu.CompilerParams`.
+
+    Raises:
+      ValueError: interpretation where this jax has none.
+    """
+    extra = {}
+    if device.interpret:
+        if not can_interpret():
+            raise ValueError(f"jax {jax.__version__} does not interpret Mosaic GPU kernels; 0.11 does")
+        extra["interpret"] = plgpu.InterpretGPUParams()
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=threads,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params),
+        **extra,
+    )
