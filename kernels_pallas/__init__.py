@@ -5,7 +5,7 @@ empty blocks, drop the mask in full ones, and never needs a dense [sq, sk] array
 """
 
 from kernels_pallas.block_mask import BlockMask
-from kernels_pallas.device import Device, current_device, target
+from kernels_pallas.device import Device, current_device, partitioned, target
 from kernels_pallas.dispatch import Choice, explain
 
-__all__ = ["BlockMask", "Choice", "Device", "current_device", "explain", "target"]
+__all__ = ["BlockMask", "Choice", "Device", "current_device", "explain", "partitioned", "target"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-__all__ = ["Device", "current_device", "target"]
+__all__ = ["Device", "Partition", "current_device", "describe", "partitioned", "target"]
 
 # What `jax.Device.device_kind` says, and the short name that tuning tables and limits use.
 _TPUS = {
@@ -25,6 +26,21 @@ _HOPPER = ("h100", "h200")
 
 
 @dataclasses.dataclass(frozen=True)
+class Partition:
+    """A mesh and the axes of it that split a kernel's work.
+
+    Attributes:
+      mesh: a `jax.sharding.Mesh`.
+      batch: axes that split the batch.
+      heads: axes that split the heads.
+    """
+
+    mesh: Any
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Device:
     """What a kernel needs to know of the device it runs on.
 
@@ -33,12 +49,14 @@ class Device:
       kind: short name ("v5e", "h100", ...), or what the runtime calls it where there is none.
       capability: of NVIDIA GPUs, "9.0" for Hopper; "" elsewhere.
       interpret: run Pallas kernels of this device in their interpreters on the CPU (tests; slow).
+      partition: how a kernel's batch and heads are spread over a mesh, from `partitioned`; None is one device.
     """
 
     platform: str
     kind: str
     capability: str = ""
     interpret: bool = False
+    partition: Partition | None = None
 
     @property
     def hopper(self) -> bool:
@@ -50,19 +68,24 @@ class Device:
 
 
 _TARGET: contextvars.ContextVar[Device | None] = contextvars.ContextVar("kernels_pallas_target", default=None)
+_PARTITION: contextvars.ContextVar[Partition | None] = contextvars.ContextVar("kernels_pallas_partition", default=None)
 
 
 def current_device() -> Device:
-    """The device of the enclosing `target`, or else JAX's default device."""
-    device = _TARGET.get()
-    if device is not None:
-        return device
+    """The device of the enclosing `target`, or of the mesh of the enclosing `partitioned`, or JAX's default device."""
+    partition, device = _PARTITION.get(), _TARGET.get()
+    if device is None:
+        device = describe(partition.mesh.devices.flat[0] if partition else _default_device())
+    return dataclasses.replace(device, partition=partition)
+
+
+def _default_device():
     import jax
 
     chosen = jax.config.jax_default_device
     if isinstance(chosen, str):
-        chosen = jax.devices(chosen)[0]
-    return describe(chosen if chosen is not None else jax.devices()[0])
+        return jax.devices(chosen)[0]
+    return chosen if chosen is not None else jax.devices()[0]
 
 
 def describe(device) -> Device:
@@ -108,3 +131,28 @@ def target(kind: str, *, interpret: bool = False) -> Iterator[Device]:
         yield device
     finally:
         _TARGET.reset(token)
+
+
+@contextlib.contextmanager
+def partitioned(mesh, *, batch: Sequence[str] = ("data", "fsdp"), heads: Sequence[str] = ("tensor",)) -> Iterator[Partition]:
+    """Spreads the kernels of functions that are traced inside over a mesh: batch and heads, never a sequence.
+
+    The compiler can not split a Pallas kernel by itself, so each is wrapped in `jax.shard_map`. Axes that the mesh lacks are
+    left out, and an axis that does not divide a size leaves it whole.
+
+    Args:
+      mesh: a `jax.sharding.Mesh` with automatic axes.
+      batch: axes for the batch.
+      heads: axes for the heads.
+
+    Raises:
+      ValueError: one axis in both.
+    """
+    if set(batch) & set(heads):
+        raise ValueError(f"batch={tuple(batch)} and heads={tuple(heads)} share an axis")
+    there = [tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1) for axes in (batch, heads)]
+    token = _PARTITION.set(Partition(mesh, *there) if any(there) else None)
+    try:
+        yield _PARTITION.get()
+    finally:
+        _PARTITION.reset(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,17 +15,30 @@ __all__ = ["Choice", "Implementation", "choose", "explain"]
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op.
+    """One way to compute an op, imported when it is first asked: `import kernels_pallas` loads no Pallas backend.
 
     Attributes:
       name: what `implementation=` calls it.
-      module: the module or object with the functions that compute it; the op knows their names.
-      refuses: `(problem, device) -> why it cannot compute this problem there`, or None when it can.
+      where: dotted name of the module with the functions that compute it ("kernels_pallas.linear.xla"), or of an object in
+        one ("kernels_pallas.attention.split:CUDNN"). It has `refuses(problem, device) -> why it cannot compute this
+        problem there, or None`; the op knows its other functions.
+      platforms: those it can run on; elsewhere it refuses without being imported.
     """
 
     name: str
-    module: Any
-    refuses: Callable[[Any, Device], str | None]
+    where: str
+    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+
+    @property
+    def backend(self) -> Any:
+        """The module or object itself."""
+        return pkgutil.resolve_name(self.where)
+
+    def refuses(self, problem: Any, device: Device) -> str | None:
+        """Why it cannot compute `problem` on `device`, or None."""
+        if device.platform not in self.platforms:
+            return f"it is for {' and '.join(self.platforms)}"
+        return self.backend.refuses(problem, device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxgen.recipe import Stage
 from jaxgen.train.mesh import replicated, shard_batch
+from kernels_pallas import partitioned
 
 __all__ = ["evaluate"]
 
@@ -34,7 +35,12 @@ def evaluate(
     Raises:
       ValueError: there are no examples.
     """
-    eval_step = jax.jit(stage.eval_loss)
+
+    @jax.jit
+    def eval_step(*args):
+        with partitioned(mesh):
+            return stage.eval_loss(*args)
+
     key, parts = jax.random.key(0), mesh.shape["data"] * mesh.shape["fsdp"]
     total, count = {}, 0
     for index, batch in enumerate(stage.eval_data(jax.process_index(), jax.process_count())):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxgen.recipe import Stage
 from jaxgen.train.mesh import batch_sharding, path_name, replicated, shardings
+from kernels_pallas import partitioned
 
 __all__ = ["TrainState", "abstract_state", "init_state", "make_step"]
 
@@ -133,7 +134,8 @@ def make_step(stage: Stage, mesh: Mesh, frozen: dict) -> Callable[[TrainState, P
 
     def update(ts: TrainState, batch: PyTree, frozen: dict) -> tuple[TrainState, dict]:
         loss_key, update_key = jax.random.split(jax.random.fold_in(ts.key, ts.step))
-        grads, state, metrics = _gradients(stage, mesh, ts, batch, loss_key, frozen)
+        with partitioned(mesh):
+            grads, state, metrics = _gradients(stage, mesh, ts, batch, loss_key, frozen)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         updates, opt_state = stage.optimizer.update(grads, ts.opt_state, ts.params)
