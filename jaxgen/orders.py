@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Order", "raster", "scales"]
+__all__ = ["Order", "blocks", "raster", "scales"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,19 @@ class Order:
         out.setflags(write=False)
         return out
 
+    @functools.cached_property
+    def coords(self) -> np.ndarray:
+        """int32 [n, l], where each position lies in the n-dimensional grid of its step: rows (h, w) for images.
+
+        Raises:
+          ValueError: steps whose grids differ in rank.
+        """
+        if len({len(shape) for shape in self.shapes}) > 1:
+            raise ValueError(f"shapes {self.shapes}: coordinates need grids of one rank")
+        out = np.concatenate([np.indices(shape).reshape(len(shape), -1) for shape in self.shapes], axis=1).astype(np.int32)
+        out.setflags(write=False)
+        return out
+
     def split(self, x, axis: int = 1) -> list:
         """`x` cut along `axis` into one array a step."""
         if x.shape[axis] != self.length:
@@ -80,6 +93,17 @@ class Order:
 def raster(length: int) -> Order:
     """One position a step: next-token prediction."""
     return Order(((1,),) * length)
+
+
+def blocks(length: int, size: int) -> Order:
+    """Runs of `size` positions a step, the last one shorter where `size` does not divide `length`: block diffusion, frames.
+
+    Raises:
+      ValueError: a length or size below 1.
+    """
+    if length < 1 or size < 1:
+        raise ValueError(f"length={length} and size={size} must be at least 1")
+    return Order(tuple((min(size, length - start),) for start in range(0, length, size)))
 
 
 def scales(patch_nums: Sequence[int | tuple[int, int]]) -> Order:

@@ -39,7 +39,7 @@ class BlockMask:
 
     Attributes:
       pred: `(q, k) -> bool array`, element-wise over int32 arrays `q[row]` and `k[row]` that broadcast; kernels call it on
-        tiles, so it may index the leading axis, compare, add and combine with `& | ~`, and nothing else.
+        tiles, so it may index the leading axis, compare, add and combine with `& | ^`, and nothing else.
       q_meta: int32 [m, sq], one column of metadata a query.
       k_meta: int32 [m, sk], the same for keys.
       block: (queries, keys) of a block in `plan`; kernels plan for their own sizes with `planned`.
@@ -202,7 +202,7 @@ class _Not:
     pred: Callable
 
     def __call__(self, q, k):
-        return ~self.pred(q, k)
+        return self.pred(q, k) ^ True  # Mosaic GPU cannot lower ~ of a bool
 
     def __str__(self) -> str:
         return f"not {getattr(self.pred, '__name__', None) or self.pred}"

@@ -35,13 +35,14 @@ def kernel(body: Callable, device: Device, *, out_type, scratch_types, grid, gri
       scratch_types: shared memory and barriers.
       grid: blocks along each of `grid_names`.
       grid_names: axes for `jax.lax.axis_index`.
-      threads: warpgroups a block; their axis is "wg".
+      threads: warpgroups a block; the axis of several is "wg".
       **params: of `plgpu.CompilerParams`.
 
     Raises:
       ValueError: interpretation where this jax has none.
     """
-    extra = {}
+    # A block of one warpgroup has no axis of them: Pallas's simple pipeline asks for that.
+    extra = {"num_threads": threads, "thread_name": "wg"} if threads > 1 else {}
     if device.interpret:
         if not can_interpret():
             raise ValueError(f"jax {jax.__version__} does not interpret Mosaic GPU kernels; 0.11 does")
@@ -52,8 +53,6 @@ def kernel(body: Callable, device: Device, *, out_type, scratch_types, grid, gri
         scratch_types=scratch_types,
         grid=grid,
         grid_names=grid_names,
-        num_threads=threads,
-        thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params),
         **extra,
     )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxgen.orders import Order, raster, scales
+from jaxgen.orders import Order, blocks, raster, scales
 
 
 def test_scales_number_the_maps_coarse_to_fine():
@@ -28,6 +28,22 @@ def test_raster_is_a_position_a_step():
     order = raster(4)
     assert order.steps == order.length == 4
     np.testing.assert_array_equal(order.step_of, range(4))
+
+
+def test_blocks_are_runs_and_the_last_may_be_short():
+    assert blocks(7, 3).sizes == (3, 3, 1) and blocks(6, 3).sizes == (3, 3)
+    assert blocks(4, 1) == raster(4) and blocks(4, 9).sizes == (4,)
+
+
+def test_coords_lie_in_each_grid():
+    order = scales(((1, 2), (2, 3)))
+    assert order.coords.dtype == np.int32
+    np.testing.assert_array_equal(order.coords, [[0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 2, 0, 1, 2]])
+    np.testing.assert_array_equal(blocks(5, 3).coords, [[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match="read-only"):
+        order.coords[0] = 1
+    with pytest.raises(ValueError, match="grids of one rank"):
+        _ = Order(((2,), (2, 2))).coords
 
 
 def test_split_cuts_where_steps_end():
@@ -70,3 +86,6 @@ def test_bad_shapes():
         Order(((2, 0),))
     with pytest.raises(ValueError, match="at least one step"):
         raster(0)
+    for length, size in ((0, 1), (4, 0)):
+        with pytest.raises(ValueError, match=f"length={length} and size={size}"):
+            blocks(length, size)

@@ -1,26 +1,53 @@
 """Samplers: functions of a step function and pytrees, for anybody's model. Nothing here imports Flax."""
 
 from jaxgen.decoding.cache import KVCache
+from jaxgen.decoding.check import check_step
 from jaxgen.decoding.guidance import Guided, guide, scale_ramp
 from jaxgen.decoding.next_scale import Known, Settings, sample_scales
 from jaxgen.decoding.next_token import sample_tokens
-from jaxgen.decoding.noise import gumbel
+from jaxgen.decoding.noise import gumbel, uniform
+from jaxgen.decoding.proposers import DraftModel, Jacobi, NGram
+from jaxgen.decoding.speculate import Context, Proposal, Proposer, Result, Sequences, Sequential, speculate
 from jaxgen.decoding.step import Out, StepFn, View
+from jaxgen.decoding.topology import Topology, branches, chain, chains
 from jaxgen.decoding.transforms import check_settings, truncate
+from jaxgen.decoding.verify import Coupled, KSeq, Rejection, Rule, Verdict, verify
 
 __all__ = [
+    "Context",
+    "Coupled",
+    "DraftModel",
     "Guided",
+    "Jacobi",
+    "KSeq",
     "KVCache",
     "Known",
+    "NGram",
     "Out",
+    "Proposal",
+    "Proposer",
+    "Rejection",
+    "Result",
+    "Rule",
+    "Sequences",
+    "Sequential",
     "Settings",
     "StepFn",
+    "Topology",
+    "Verdict",
     "View",
+    "branches",
+    "chain",
+    "chains",
     "check_settings",
+    "check_step",
     "guide",
     "gumbel",
     "sample_scales",
     "sample_tokens",
     "scale_ramp",
+    "speculate",
     "truncate",
+    "uniform",
+    "verify",
 ]

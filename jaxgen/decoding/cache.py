@@ -21,7 +21,7 @@ class KVCache:
 
     `length` is either a Python int, when all rows agree and it is known while tracing (it is then static: writes and
     reads are plain slices and need no mask), or an int32 scalar or [b] array (per-row lengths: writes are per-row,
-    reads come with a mask).
+    reads come with lengths).
 
     Attributes:
       k: [n, b, s, h, d], keys of n layers with room for s positions.
@@ -74,8 +74,8 @@ class KVCache:
 
     def read(
         self, layer, q: int, mask: Bool[Array, "*b q q"] | None = None
-    ) -> tuple[Float[Array, "b s h d"], Float[Array, "b s h d"], Bool[Array, "b 1 q s"] | None]:
-        """Keys, values and mask for `q` staged queries of one layer: committed positions, and staged ones as `mask` allows.
+    ) -> tuple[Float[Array, "b s h d"], Float[Array, "b s h d"], Bool[Array, "b 1 q s"] | Int[Array, "b"] | None]:
+        """Keys and values of one layer for `q` staged queries: committed positions, and staged ones as `mask` allows.
 
         Args:
           layer: which layer, an int or a traced index.
@@ -83,7 +83,8 @@ class KVCache:
           mask: which staged positions each staged query sees, [q, q] or [b, q, q]; None is all.
 
         Returns:
-          (keys, values, mask). With a static length and no mask the arrays hold just the visible prefix and the mask is None.
+          (keys, values, visible), for `jaxgen.nn.attend`. Without a mask, `visible` is int32 [b], how many keys from the first on
+          a row sees; with a static length besides, the arrays hold just those and it is None. With a mask it is a mask.
         """
         end = self.length + q if isinstance(self.length, int) else self.capacity
 
@@ -95,15 +96,14 @@ class KVCache:
         if isinstance(self.length, int) and mask is None:
             return k, v, None
         b = k.shape[0]
-        length = jnp.broadcast_to(jnp.asarray(self.length), (b,))
-        relative = jnp.arange(end)[None, :] - length[:, None]  # [b, s]: < 0 committed, 0 .. q - 1 staged
+        length = jnp.broadcast_to(jnp.asarray(self.length, jnp.int32), (b,))
         if mask is None:
-            visible = jnp.broadcast_to((relative < q)[:, None, :], (b, q, end))
-        else:
-            staged = jnp.broadcast_to(mask, (b, q, q))
-            index = jnp.broadcast_to(jnp.clip(relative, 0, q - 1)[:, None, :], (b, q, end))
-            inside = (relative >= 0) & (relative < q)
-            visible = (relative < 0)[:, None, :] | (inside[:, None, :] & jnp.take_along_axis(staged, index, axis=2))
+            return k, v, length + q
+        relative = jnp.arange(end)[None, :] - length[:, None]  # [b, s]: < 0 committed, 0 .. q - 1 staged
+        staged = jnp.broadcast_to(mask, (b, q, q))
+        index = jnp.broadcast_to(jnp.clip(relative, 0, q - 1)[:, None, :], (b, q, end))
+        inside = (relative >= 0) & (relative < q)
+        visible = (relative < 0)[:, None, :] | (inside[:, None, :] & jnp.take_along_axis(staged, index, axis=2))
         return k, v, visible[:, None]
 
     def commit(self, n, path: Int[Array, "b p"] | None = None) -> KVCache:
@@ -120,6 +120,10 @@ class KVCache:
         source, target = start + path, start + jnp.arange(path.shape[1])
         k, v = (x.at[:, rows, target].set(x[:, rows, source]) for x in (self.k, self.v))
         return KVCache(k, v, self.length + n)
+
+    def restore(self, saved: KVCache) -> KVCache:
+        """The state of `saved`, which this cache was made from by steps and commits: what they wrote is hidden again."""
+        return dataclasses.replace(self, length=saved.length)
 
     def take(self, rows: Int[Array, "b"]) -> KVCache:
         """The cache of the given rows, in that order (search, beams, batching)."""

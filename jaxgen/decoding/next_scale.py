@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.decoding.guidance import Guided, guide, scale_ramp
-from jaxgen.decoding.noise import gumbel
+from jaxgen.decoding.noise import REPARAMETERISED, gumbel
 from jaxgen.decoding.step import StepFn, View
 from jaxgen.decoding.transforms import truncate
 from jaxgen.orders import Order
@@ -102,7 +102,7 @@ def sample_scales(
         if smooth:
             ratio = s / max(order.steps - 1, 1)
             tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
-            codes = jax.nn.softmax((logits * (1 + ratio) + gumbel(key, rows, pos, vocab, stream=1)) / tau)
+            codes = jax.nn.softmax((logits * (1 + ratio) + gumbel(key, rows, pos, vocab, stream=REPARAMETERISED)) / tau)
             ids = jnp.argmax(codes, axis=-1)
         if known is not None:
             keep = known.keep[:, start:end]

@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-__all__ = ["gumbel"]
+__all__ = ["ACCEPT", "DRAFT", "REPARAMETERISED", "TARGET", "gumbel", "uniform"]
+
+# Streams: independent noise at one place. Drafts of node i use DRAFT + i, so that DRAFT is the last.
+TARGET, REPARAMETERISED, ACCEPT, DRAFT = 0, 1, 2, 8
 
 
 def gumbel(
-    key: Key[Array, ""], rows: Int[Array, "b"], pos: Int[Array, "q"], vocab: int, *, stream: int = 0
+    key: Key[Array, ""],
+    rows: Int[Array, "b"],
+    pos: Int[Array, "*b q"],
+    vocab: int,
+    *,
+    stream: int | Int[Array, "q"] = TARGET,
 ) -> Float[Array, "b q v"]:
     """Standard Gumbel noise for each (row, position): `argmax(logits + gumbel)` samples from softmax(logits).
 
     Args:
       key: of the whole call.
       rows: the number of each request.
-      pos: absolute positions.
+      pos: absolute positions, [q] for all rows or [b, q].
       vocab: v.
-      stream: another number gives independent noise at the same place.
+      stream: another number gives independent noise at the same place; one for all, or one a query.
     """
+    return _each(jax.random.gumbel, key, rows, pos, vocab, stream)
 
-    def one(row, position):
-        k = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, stream), row), position)
-        return jax.random.gumbel(k, (vocab,))
 
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(rows, pos)
+def uniform(
+    key: Key[Array, ""],
+    rows: Int[Array, "b"],
+    pos: Int[Array, "*b q"],
+    count: int,
+    *,
+    stream: int | Int[Array, "q"] = ACCEPT,
+) -> Float[Array, "b q n"]:
+    """`count` uniform numbers in [0, 1) for each (row, position); otherwise as `gumbel`."""
+    return _each(jax.random.uniform, key, rows, pos, count, stream)
+
+
+def _each(draw, key, rows, pos, count, stream):
+    def one(row, position, stream):
+        key_ = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, stream), row), position)
+        return draw(key_, (count,))
+
+    stream = jnp.broadcast_to(stream, pos.shape[-1:])
+    return jax.vmap(jax.vmap(one, (None, 0, 0)), (0, 0 if pos.ndim == 2 else None, None))(rows, pos, stream)

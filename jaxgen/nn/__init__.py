@@ -2,17 +2,27 @@
 
 from jaxgen.nn.adaln import AdaLNHead, Modulation, SharedModulation, layer_norm
 from jaxgen.nn.attention import SelfAttention, attend
+from jaxgen.nn.linear_attention import GatedDeltaNet, GatedLinearAttention, LinearAttention, Retention
 from jaxgen.nn.mlp import MLP
+from jaxgen.nn.recurrent import RecurrentState, ShortConv
+from jaxgen.nn.ssm import Mamba2
 from jaxgen.nn.transformer import AdaLNBlock, AdaLNTransformer
 
 __all__ = [
     "AdaLNBlock",
     "AdaLNHead",
     "AdaLNTransformer",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "LinearAttention",
     "MLP",
+    "Mamba2",
     "Modulation",
+    "RecurrentState",
+    "Retention",
     "SelfAttention",
     "SharedModulation",
+    "ShortConv",
     "attend",
     "layer_norm",
 ]

@@ -2,66 +2,108 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas import BlockMask
+from kernels_pallas import BlockMask, Device
+from kernels_pallas.attention import block_sparse_attention
+from kernels_pallas.decode import decode_attention
+from kernels_pallas.dispatch import Implementation, choose
 
-__all__ = ["SelfAttention", "attend"]
+__all__ = ["SelfAttention", "attend", "l2_normalise"]
 
-IMPLEMENTATIONS = ("xla", "cudnn")
 # exp(log 100) is the largest factor on normalised queries (VAR; Swin v2 uses the same bound).
 MAX_LOG_SCALE = math.log(100.0)
 
 
 def attend(
     q: Float[Array, "b q h d"],
-    k: Float[Array, "b s h d"],
-    v: Float[Array, "b s h d"],
-    mask: BlockMask | Bool[Array, "*b h q s"] | None = None,
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g d"],
+    mask: BlockMask | Bool[Array, "*b h q s"] | Int[Array, "b"] | None = None,
     *,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b q h d"]:
     """softmax(scale q k^T) v, with the softmax in float32.
 
+    A `BlockMask` goes to `kernels_pallas.block_sparse_attention`, one query a row with lengths to `decode_attention`, and the
+    rest to `jax.nn.dot_product_attention`; `kernels_pallas.explain` says which implementation of each is picked, and why.
+
     Args:
       q: queries.
-      k: keys.
+      k: keys; g divides h.
       v: values.
-      mask: who may attend to whom: a `BlockMask`, or a bool array that broadcasts to [b, h, q, s]; None is everybody.
+      mask: who may attend to whom: a `BlockMask`; a bool array that broadcasts to [b, h, q, s]; int [b], how many keys, from
+        the first on, the queries of a row see; None is everybody.
       scale: of the products; None is d ** -0.5.
-      implementation: "xla" anywhere, "cudnn" on NVIDIA GPUs in half precision, None picks.
+      implementation: "xla" anywhere, "cudnn" on NVIDIA GPUs in half precision; with a `BlockMask` also "hopper", "splash", "tpu"
+        and "split", with lengths and one query "hopper" and "tpu"; None picks.
 
     Raises:
-      ValueError: an unknown implementation, or one that this device or dtype lacks.
+      ValueError: shapes that do not fit, an unknown implementation, or one that this device or dtype lacks.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={implementation!r} is not one of {IMPLEMENTATIONS}")
     if isinstance(mask, BlockMask):
-        if mask.shape != (q.shape[1], k.shape[1]):
-            raise ValueError(f"mask {mask} does not fit q {q.shape} and k {k.shape}")
-        mask = mask.traced()[None, None]
-    has_cudnn = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    if implementation == "cudnn" and not has_cudnn:
-        raise ValueError(f"implementation='cudnn' needs a GPU and half precision; got {jax.default_backend()}, {q.dtype}")
-    if implementation is None:
-        implementation = "cudnn" if has_cudnn and _cudnn_takes(q, k, mask) else "xla"
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
+        return block_sparse_attention(q, k, v, mask, scale=scale, implementation=implementation)
+    problem = _Dense(*q.shape, *k.shape[1:3], str(q.dtype), mask is not None)
+    lengths = None
+    if mask is not None and jnp.issubdtype(mask.dtype, jnp.integer):
+        if q.shape[1] == 1:
+            return decode_attention(q[:, 0], k, v, mask, scale=scale, implementation=implementation)[:, None]
+        mask, lengths = None, mask
+    chosen, _ = choose("dense_attention", DENSE, problem, implementation)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, key_value_seq_lengths=lengths, implementation=chosen.name
+    )
 
 
-def _cudnn_takes(q, k, mask) -> bool:
-    """Whether cuDNN has a kernel for these shapes: head sizes up to 128, and masks in training for even lengths only."""
-    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-    return q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and (mask is None or even)
+@dataclasses.dataclass(frozen=True)
+class _Dense:
+    """What a call of `jax.nn.dot_product_attention` is about."""
+
+    batch: int
+    queries: int
+    heads: int
+    head_size: int
+    keys: int
+    kv_heads: int
+    dtype: str
+    masked: bool
 
 
-def _l2_normalise(x):
+class _Cudnn:
+    @staticmethod
+    def refuses(problem: _Dense, device: Device) -> str | None:
+        """It has kernels for head sizes up to 128, and for masks in training where lengths are even."""
+        if problem.dtype not in ("bfloat16", "float16"):
+            return f"it needs half precision, not {problem.dtype}"
+        if problem.head_size % 8 or problem.head_size > 128:
+            return f"its head sizes are multiples of 8 up to 128, not {problem.head_size}"
+        if problem.masked and (problem.queries % 2 or problem.keys % 2):
+            return f"with a mask it needs even lengths, not {problem.queries} and {problem.keys}"
+        return None
+
+
+class _Xla:
+    @staticmethod
+    def refuses(problem: _Dense, device: Device) -> str | None:
+        """Never refuses."""
+        return None
+
+
+DENSE = (
+    Implementation("cudnn", f"{__name__}:_Cudnn", ("gpu",)),
+    Implementation("xla", f"{__name__}:_Xla"),
+)
+
+
+def l2_normalise(x):
     """x / |x|; where x is 0 the result and its gradient are finite."""
     x = x.astype(jnp.float32)
     return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
@@ -77,7 +119,7 @@ class SelfAttention(nn.Module):
       mask: of training without a cache.
       out_init: initialiser of the output projection.
       dtype: of the computation; parameters, norms and softmax are float32.
-      implementation: see `attend`.
+      implementation: see `attend`; one that serves block masks only leaves reads of a cache to pick their own.
     """
 
     heads: int
@@ -105,14 +147,16 @@ class SelfAttention(nn.Module):
         scale = self.scale
         if self.l2_norm:
             log_scale = self.param("log_scale", nn.initializers.constant(math.log(4.0)), (self.heads, 1))
-            q = (_l2_normalise(q) * jnp.exp(jnp.minimum(log_scale, MAX_LOG_SCALE))).astype(self.dtype)
-            k = _l2_normalise(k).astype(self.dtype)
+            q = (l2_normalise(q) * jnp.exp(jnp.minimum(log_scale, MAX_LOG_SCALE))).astype(self.dtype)
+            k = l2_normalise(k).astype(self.dtype)
             scale = 1.0
-        mask = self.mask
+        mask, implementation = self.mask, self.implementation
         if cache is not None:
             cache = cache.stage(layer, k, v)
             k, v, mask = cache.read(layer, x.shape[1], view_mask)
             k, v = k.astype(self.dtype), v.astype(self.dtype)
-        out = attend(q, k, v, mask, scale=scale, implementation=self.implementation)
+            if implementation not in [dense.name for dense in DENSE]:
+                implementation = None
+        out = attend(q, k, v, mask, scale=scale, implementation=implementation)
         out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="proj")(out)
         return out, cache

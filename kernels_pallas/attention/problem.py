@@ -30,3 +30,9 @@ class Problem:
     head_size: int
     dtype: str
     scale: float
+
+    @classmethod
+    def of(cls, q, k, mask: BlockMask, scale: float) -> Problem:
+        """The problem of arrays q [b, sq, h, d] and k [b, sk, g, d]."""
+        b, _, h, d = q.shape
+        return cls(mask, b, h, k.shape[2], d, str(q.dtype), scale)

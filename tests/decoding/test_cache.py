@@ -32,6 +32,8 @@ def visible(cache, layer, q, mask=None):
     k, v, allowed = cache.read(layer, q, mask)
     if allowed is None:
         allowed = np.ones((B, 1, q, k.shape[1]), bool)
+    elif allowed.ndim == 1:  # how many from the first on
+        allowed = np.arange(k.shape[1]) < np.asarray(allowed)[:, None, None, None]
     allowed = np.broadcast_to(allowed, (B, 1, q, k.shape[1]))
     return [
         [(np.asarray(k)[b, allowed[b, 0, i]], np.asarray(v)[b, allowed[b, 0, i]]) for i in range(q)] for b in range(B)
@@ -99,6 +101,12 @@ def test_rows_of_different_lengths():
 def test_a_static_length_reads_the_prefix_without_a_mask():
     k, v, mask = filled(4).read(0, 3)
     assert mask is None and k.shape == v.shape == (B, 7, H, D)
+
+
+def test_traced_lengths_are_read_as_lengths():
+    for length, want in ((jnp.int32(4), [7] * B), (jnp.array([4, 0, 2]), [7, 3, 5])):
+        k, v, seen = filled(length).read(0, 3)
+        assert seen.dtype == jnp.int32 and seen.tolist() == want and k.shape == v.shape == (B, S, H, D)
 
 
 @pytest.mark.parametrize("kind", LENGTHS)

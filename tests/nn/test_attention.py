@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -8,21 +9,30 @@ import pytest
 from jaxgen import masks
 from jaxgen.decoding import KVCache
 from jaxgen.nn import SelfAttention, attend
-from jaxgen.orders import scales
+from jaxgen.orders import raster, scales
+from kernels_pallas import BlockMask, explain, target
 
 pytestmark = pytest.mark.numeric
 
 B, Q, S, H, D = 2, 5, 7, 3, 8
 
 
-def qkv(q=Q, s=S, seed=0, dtype=np.float32):
+def qkv(q=Q, s=S, seed=0, dtype=np.float32, groups=H):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(B, n, H, D)), dtype) for n in (q, s, s)]
+    return [jnp.asarray(rng.normal(size=(B, n, h, D)), dtype) for n, h in ((q, H), (s, groups), (s, groups))]
+
+
+def run(q, k, v, mask=None, **options):
+    """`attend`, compiled."""
+    if isinstance(mask, BlockMask):
+        return jax.jit(functools.partial(attend, mask=mask, **options))(q, k, v)
+    return jax.jit(functools.partial(attend, **options))(q, k, v, mask)
 
 
 def reference(q, k, v, allowed=None, scale=D**-0.5):
     """Softmax attention in float64, a row at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     out = np.zeros(q.shape)
     if allowed is not None:
         allowed = np.broadcast_to(allowed, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
@@ -37,8 +47,8 @@ def reference(q, k, v, allowed=None, scale=D**-0.5):
 
 def test_attend_is_softmax_attention():
     q, k, v = qkv()
-    np.testing.assert_allclose(attend(q, k, v), reference(q, k, v), atol=2e-6)
-    np.testing.assert_allclose(attend(q, k, v, scale=1.3), reference(q, k, v, scale=1.3), atol=5e-6)
+    np.testing.assert_allclose(run(q, k, v), reference(q, k, v), atol=2e-6)
+    np.testing.assert_allclose(run(q, k, v, scale=1.3), reference(q, k, v, scale=1.3), atol=5e-6)
 
 
 def test_attend_with_masks():
@@ -49,16 +59,45 @@ def test_attend_with_masks():
     each = rng.random((B, H, Q, S)) < 0.5
     each[..., 2] = True
     for allowed in (one, each):
-        np.testing.assert_allclose(attend(q, k, v, jnp.asarray(allowed)), reference(q, k, v, allowed), atol=2e-6)
+        np.testing.assert_allclose(run(q, k, v, jnp.asarray(allowed)), reference(q, k, v, allowed), atol=2e-6)
 
 
 def test_block_mask_is_its_dense_mask():
     mask = masks.block_causal(scales((1, 2, 3)), block=(4, 4))
     q, k, v = qkv(14, 14)
     want = reference(q, k, v, mask.dense()[None, None])
-    np.testing.assert_allclose(attend(q, k, v, mask), want, atol=2e-6)
+    np.testing.assert_allclose(run(q, k, v, mask), want, atol=2e-6)
     np.testing.assert_allclose(attend(q, k, v, jnp.asarray(mask.dense())[None, None]), want, atol=2e-6)
     assert np.abs(attend(q, k, v) - want).max() > 0.1  # the mask matters
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_lengths_are_how_many_keys_a_row_sees(queries):
+    q, k, v = qkv(queries)
+    lengths = np.array([4, 7])
+    allowed = (np.arange(S) < lengths[:, None])[:, None, None, :]
+    got = run(q, k, v, jnp.asarray(lengths))
+    np.testing.assert_allclose(got, reference(q, k, v, allowed), atol=2e-6)
+
+
+def test_heads_share_keys():
+    order = raster(5)
+    for mask, allowed in (
+        (None, None),
+        (masks.block_causal(order), np.tri(5, dtype=bool)),
+        (jnp.tri(5, dtype=bool), np.tri(5, dtype=bool)),
+        (jnp.array([3, 5]), (np.arange(5) < np.array([[3], [5]]))[:, None, None, :]),
+    ):
+        q, k, v = qkv(5, 5, groups=1)
+        np.testing.assert_allclose(run(q, k, v, mask), reference(q, k, v, allowed), atol=2e-6)
+    q, k, v = qkv(1, 5, groups=1)
+    np.testing.assert_allclose(run(q, k, v, jnp.array([5, 5])), reference(q, k, v), atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_gets_nothing():
+    q, k, v = qkv(4, 4)
+    out = run(q, k, v, masks.documents([1, 0, 2, 2]))
+    assert not np.any(out[:, 1]) and np.all(np.any(out[:, [0, 2, 3]], axis=(2, 3)))
 
 
 def test_softmax_is_float32_in_half_precision():
@@ -73,7 +112,9 @@ def test_errors():
     q, k, v = qkv()
     with pytest.raises(ValueError, match="implementation='flash' is not one of"):
         attend(q, k, v, implementation="flash")
-    with pytest.raises(ValueError, match="'cudnn' needs a GPU and half precision"):
+    with pytest.raises(ValueError, match="'cudnn' cannot run on cpu"):
+        attend(q, k, v, implementation="cudnn")
+    with target("h100"), pytest.raises(ValueError, match="'cudnn' cannot run on gpu h100: it needs half precision"):
         attend(q, k, v, implementation="cudnn")
     with pytest.raises(ValueError, match="does not fit"):
         attend(q, k, v, masks.block_causal(scales((1, 2))))
@@ -94,11 +135,24 @@ def test_errors():
 )
 def test_what_a_gpu_gets_when_nothing_is_named(monkeypatch, dtype, lengths, head_size, masked, want):
     seen = []
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *_, implementation, **__: seen.append(implementation))
     q, k = (jnp.zeros((1, n, 1, head_size), dtype) for n in lengths)
-    attend(q, k, k, jnp.ones((1, 1, *lengths), bool) if masked else None)
+    with target("h100"):
+        attend(q, k, k, jnp.ones((1, 1, *lengths), bool) if masked else None)
     assert seen == [want]
+
+
+def test_what_runs_can_be_explained():
+    q, k, v = qkv(14, 14)
+    mask = masks.block_causal(scales((1, 2, 3)))
+    ops = [explain(attend, q, k, v, m)[0] for m in (mask, None, jnp.ones((14, 14), bool), jnp.array([3, 4]))]
+    assert [op.op for op in ops] == ["block_sparse_attention"] + ["dense_attention"] * 3
+    (one,) = explain(attend, q[:, :1], k, v, jnp.array([3, 4]))
+    assert one.op == "decode_attention"
+    x = jax.ShapeDtypeStruct((1, 14, 24), jnp.float32)
+    module = SelfAttention(3, mask=mask, implementation="xla")
+    (choice,) = explain(module.apply, jax.eval_shape(module.init, jax.random.key(0), x), x)
+    assert choice.implementation == "xla" and choice.forced and choice.problem.mask == mask
 
 
 def projections(params, x):
@@ -164,3 +218,18 @@ def test_a_cache_in_pieces_is_the_masked_whole(x, randomize, l2_norm):
         cache = cache.commit(part.shape[1])
         np.testing.assert_allclose(out, want, atol=2e-6)
     assert not np.any(cache.k[0]) and np.all(np.any(cache.k[1], axis=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("implementation", [None, "split"])  # "split" serves block masks only; reads of the cache pick their own
+def test_tokens_one_by_one_are_the_masked_whole(x, randomize, implementation):
+    module = SelfAttention(3, mask=masks.block_causal(raster(14)), implementation=implementation)
+    params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
+    whole, _ = jax.jit(module.apply)(params, x)
+    step = jax.jit(module.apply)
+    cache = KVCache.zeros(layers=1, batch=B, capacity=16, heads=3, head_size=8)
+    cache = KVCache(cache.k, cache.v, jnp.zeros(B, jnp.int32))
+    for t in range(14):
+        out, cache = step(params, x[:, t : t + 1], cache)
+        cache = cache.commit(1)
+        np.testing.assert_allclose(out, whole[:, t : t + 1], atol=2e-6)
+    assert step._cache_size() == 1

@@ -1,0 +1,286 @@
+"""Speculative sampling: a proposer drafts, the target checks all drafts in one call, a rule says what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxgen.decoding.step import Out, StepFn, View
+from jaxgen.decoding.topology import Topology
+from jaxgen.decoding.verify import Rule, Verdict, verify
+
+__all__ = [
+    "BROKEN",
+    "FULL",
+    "RUNNING",
+    "STOPPED",
+    "Context",
+    "Proposal",
+    "Proposer",
+    "Result",
+    "Sequential",
+    "Sequences",
+    "speculate",
+]
+
+# Status of a row: still going; met a stop token; reached its length; the model's logits were not numbers.
+RUNNING, STOPPED, FULL, BROKEN = 0, 1, 2, 3
+
+PyTree = Any
+
+
+class Sequences(NamedTuple):
+    """The tokens so far.
+
+    Attributes:
+      tokens: prompt and generated tokens; what lies behind `length` means nothing.
+      length: tokens that are certain.
+      rows: number of each request, which its noise depends on.
+    """
+
+    tokens: Int[Array, "b s"]
+    length: Int[Array, "b"]
+    rows: Int[Array, "b"]
+
+
+class Context(NamedTuple):
+    """What a transform of logits may look at.
+
+    Attributes:
+      seq: the tokens so far.
+      path: for each query, the tokens on its way from the root, the root first; -1 fills the rest.
+      pos: the position that each query's law is about.
+    """
+
+    seq: Sequences
+    path: Int[Array, "b q d"]
+    pos: Int[Array, "b q"]
+
+
+Transform = Callable[[Float[Array, "b q v"], Context], Float[Array, "b q v"]]
+
+
+class Proposal(NamedTuple):
+    """Drafted tokens.
+
+    Attributes:
+      tokens: one a node of the topology, the root left out.
+      log_q: the law that each was drawn from, given the siblings before it; None if they were chosen, not drawn.
+      valid: which of them exist; None is all.
+    """
+
+    tokens: Int[Array, "b n"]
+    log_q: Float[Array, "b n v"] | None = None
+    valid: Bool[Array, "b n"] | None = None
+
+
+class Proposer(Protocol):
+    """Drafts tokens. Its state is a pytree that the loop carries.
+
+    Attributes:
+      topology: of its drafts.
+    """
+
+    topology: Topology
+
+    def start(self, seq: Sequences, key: Key[Array, ""], vocab: int) -> PyTree:
+        """The state after the prompt."""
+
+    def propose(self, state: PyTree, seq: Sequences, transform: Transform, key: Key[Array, ""]) -> tuple[Proposal, PyTree]:
+        """Drafts what may follow."""
+
+    def update(self, state: PyTree, seq: Sequences, verdict: Verdict, taken: Int[Array, "b"], log_p, out: Out) -> PyTree:
+        """The state after the target has spoken: `seq` has the new tokens, `taken` of them a row."""
+
+
+class Sequential:
+    """No drafts: plain sampling, one target call a token."""
+
+    topology = Topology()
+
+    def start(self, seq, key, vocab):
+        return ()
+
+    def propose(self, state, seq, transform, key):
+        return Proposal(jnp.zeros((seq.tokens.shape[0], 0), jnp.int32)), state
+
+    def update(self, state, seq, verdict, taken, log_p, out):
+        return state
+
+
+class Result(NamedTuple):
+    """What was sampled.
+
+    Attributes:
+      tokens: prompt and generated tokens, then `pad`.
+      length: of each row, a stop token included.
+      status: STOPPED, FULL or BROKEN.
+      calls: target calls of the whole batch, the prompt's not counted.
+      row_calls: target calls while the row was running.
+    """
+
+    tokens: Int[Array, "b s"]
+    length: Int[Array, "b"]
+    status: Int[Array, "b"]
+    calls: Int[Array, ""]
+    row_calls: Int[Array, "b"]
+
+
+class _Carry(NamedTuple):
+    seq: Sequences
+    status: Int[Array, "b"]
+    cache: PyTree
+    state: PyTree
+    calls: Int[Array, ""]
+    row_calls: Int[Array, "b"]
+
+
+def speculate(
+    step: StepFn,
+    proposer: Proposer,
+    rule: Rule,
+    *,
+    params: PyTree,
+    cache: PyTree,
+    cond: PyTree,
+    prompt: Int[Array, "b p"],
+    prompt_length: Int[Array, "b"] | None = None,
+    max_length: int,
+    limit: Int[Array, "b"] | None = None,
+    key: Key[Array, ""],
+    transform: Transform = lambda logits, context: logits.astype(jnp.float32),
+    stop: tuple[int, ...] = (),
+    rows: Int[Array, "b"] | None = None,
+    pad: int = 0,
+) -> Result:
+    """Samples until every row has stopped.
+
+    Position j of a sequence is what `step` reads at `view.pos` = j to give the law of position j + 1. A model that starts from
+    a condition instead of a token reads a start token there, whatever it is.
+
+    Call it inside `jax.jit`; all but `step`, `proposer`, `rule`, `max_length`, `transform`, `stop` and `pad` may be traced.
+
+    Args:
+      step: the target.
+      proposer: drafts; `Sequential()` for plain sampling.
+      rule: which drafts stay. With `Coupled` the tokens are those of plain sampling with the same key.
+      params: passed to `step`.
+      cache: empty, with room for `max_length` + drafts positions.
+      cond: passed to `step`.
+      prompt: at least one token a row, left-aligned.
+      prompt_length: of each row; None is p for all.
+      max_length: s, the longest sequence, prompt included.
+      limit: the longest of each row; None is `max_length` for all.
+      key: of the call; the noise of a row depends on it, on the row's number and on the position only.
+      transform: logits to the logits that are sampled from, such as temperature and top-p.
+      stop: tokens that end a row.
+      rows: the number of each request; None is 0..b-1.
+      pad: fills what lies behind a row's end.
+
+    Raises:
+      ValueError: a prompt without tokens or longer than `max_length`, or a cache without room for the drafts.
+    """
+    b, p = prompt.shape
+    topology = proposer.topology
+    if p < 1 or p > max_length:
+        raise ValueError(f"prompt {prompt.shape}: expected 1 to max_length={max_length} tokens")
+    need, room = max_length + topology.drafts, getattr(cache, "capacity", None)
+    if room is not None and room < need:
+        raise ValueError(f"the cache holds {room} positions; max_length={max_length} and {topology.drafts} drafts need {need}")
+    width = len(topology.levels) + 1
+    length = jnp.full((b,), p, jnp.int32) if prompt_length is None else jnp.asarray(prompt_length, jnp.int32)
+    limit = jnp.full((b,), max_length, jnp.int32) if limit is None else jnp.minimum(limit, max_length)
+    rows = jnp.arange(b) if rows is None else rows
+    # Room for a whole round behind the end, so that writes never need a bound.
+    buffer = jnp.zeros((b, max_length + width), jnp.int32).at[:, :p].set(prompt)
+    seq = Sequences(buffer, length, rows)
+    cache = _prefill(step, params, cache, cond, prompt, length)
+    depth, ancestors = jnp.asarray(topology.depth), jnp.asarray(topology.ancestors)
+
+    def round_(carry: _Carry) -> _Carry:
+        seq = carry.seq
+        proposal, state = proposer.propose(carry.state, seq, transform, key)
+        root = jnp.take_along_axis(seq.tokens, seq.length[:, None] - 1, axis=1)
+        nodes = jnp.concatenate([root, proposal.tokens], axis=1)
+        inputs = seq.length[:, None] - 1 + depth
+        out, cache = step(params, carry.cache, View(nodes, inputs, ancestors), cond)
+        logits = transform(out.params, Context(seq, _paths(nodes, topology), inputs + 1))
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        verdict = verify(
+            rule, topology, log_p, proposal.tokens, proposal.log_q, proposal.valid, key=key, rows=rows, pos=seq.length
+        )
+        running = carry.status == RUNNING
+        broken = running & jnp.isnan(log_p).any(axis=(1, 2))
+        new = _emitted(nodes, verdict)
+        taken, ends = _cut(new, verdict.accepted + 1, limit - seq.length, stop)
+        taken = jnp.where(running & ~broken, taken, 0)
+        status = jnp.where(running & ends, STOPPED, carry.status)
+        status = jnp.where(running & ~ends & (seq.length + taken >= limit), FULL, status)
+        status = jnp.where(broken, BROKEN, status)
+        at = seq.length[:, None] + jnp.arange(width)
+        tokens = seq.tokens.at[jnp.arange(b)[:, None], at].set(new)
+        seq = Sequences(tokens, seq.length + taken, rows)
+        cache = cache.commit(taken) if topology.is_chain else cache.commit(taken, verdict.path)
+        state = proposer.update(state, seq, verdict, taken, log_p, out)
+        return _Carry(seq, status, cache, state, carry.calls + 1, carry.row_calls + running)
+
+    vocab = _vocabulary(step, params, cache, cond, b)
+    first = _Carry(
+        seq,
+        jnp.where(length >= limit, FULL, RUNNING),
+        cache,
+        proposer.start(seq, key, vocab),
+        jnp.int32(0),
+        jnp.zeros((b,), jnp.int32),
+    )
+    done = jax.lax.while_loop(lambda carry: (carry.status == RUNNING).any(), round_, first)
+    inside = jnp.arange(max_length) < done.seq.length[:, None]
+    tokens = jnp.where(inside, done.seq.tokens[:, :max_length], pad)
+    return Result(tokens, done.seq.length, done.status, done.calls, done.row_calls)
+
+
+def _prefill(step, params, cache, cond, prompt, length):
+    """Reads all but the last token of each prompt, which is the first round's root."""
+    q = prompt.shape[1] - 1
+    cache = cache.commit(jnp.zeros(length.shape, jnp.int32))  # a length a row from here on
+    if q:
+        view = View(prompt[:, :q], jnp.broadcast_to(jnp.arange(q), (prompt.shape[0], q)), jnp.tril(jnp.ones((q, q), bool)))
+        cache = step(params, cache, view, cond)[1].commit(length - 1)
+    return cache
+
+
+def _vocabulary(step, params, cache, cond, b: int) -> int:
+    view = View(jnp.zeros((b, 1), jnp.int32), jnp.zeros((b, 1), jnp.int32), jnp.ones((1, 1), bool))
+    out, _ = jax.eval_shape(lambda: step(params, cache, view, cond))
+    return out.params.shape[-1]
+
+
+def _paths(nodes: Int[Array, "b m"], topology: Topology) -> Int[Array, "b m d"]:
+    """The tokens on the way to each node."""
+    paths = jnp.asarray(topology.paths)
+    return jnp.where(paths >= 0, nodes[:, jnp.maximum(paths, 0)], -1)
+
+
+def _emitted(nodes: Int[Array, "b m"], verdict: Verdict) -> Int[Array, "b d"]:
+    """The accepted drafts, then the emitted token; what follows means nothing."""
+    accepted = jnp.take_along_axis(nodes, verdict.path, axis=1)[:, 1:]
+    accepted = jnp.pad(accepted, ((0, 0), (0, 1)))
+    place = jnp.arange(accepted.shape[1])
+    return jnp.where(place == verdict.accepted[:, None], verdict.token[:, None], accepted)
+
+
+def _cut(new: Int[Array, "b d"], count: Int[Array, "b"], room: Int[Array, "b"], stop: tuple[int, ...]):
+    """(how many of the new tokens count, whether they end with a stop token)."""
+    place = jnp.arange(new.shape[1])
+    count = jnp.minimum(count, room)
+    if not stop:
+        return count, jnp.zeros(count.shape, bool)
+    stops = (new[..., None] == jnp.asarray(stop)).any(axis=-1) & (place < count[:, None])
+    first = jnp.argmax(stops, axis=1)
+    return jnp.where(stops.any(axis=1), first + 1, count), stops.any(axis=1)
+
+
