@@ -49,6 +49,7 @@ class Case:
       executed: that whole live blocks of 128 x 64 cost; the same where nothing is blocked.
       bytes: that must cross the memory bus: arguments and results once.
       backward: also the gradients, to all float arguments.
+      mask: of attention.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     executed: float
     bytes: float
     backward: bool = False
+    mask: BlockMask | None = None
 
     @property
     def op(self) -> str:
@@ -65,9 +67,12 @@ class Case:
         return self.name.split("/")[0]
 
     def build(self, **options) -> tuple[Callable, tuple]:
-        """(function of the arguments, their shapes); with `backward` it returns gradients of a weighted sum of the results."""
-        fn = functools.partial(self.fn, **options)
-        return (_gradients(fn) if self.backward else fn), self.shapes
+        """(function of the arguments, their shapes)."""
+        return self.differentiated(functools.partial(self.fn, **options)), self.shapes
+
+    def differentiated(self, fn: Callable) -> Callable:
+        """With `backward` the gradients of the sum of the squared results, else `fn`."""
+        return _gradients(fn) if self.backward else fn
 
     def inputs(self, seed: int = 0) -> tuple:
         """Random arguments: normal floats, and integers as the case needs them."""
@@ -128,7 +133,7 @@ def _attention(kind: str, length: int, batch: int, heads: int, head_size: int, b
     name = f"attention/{kind}-{length}-b{batch}-h{heads}-d{head_size}"
     arrays = 4 + 4 * backward  # q, k, v, o; and for gradients do, dq, dk, dv
     shares = times * full * np.array([mask.element_density, mask.density])
-    return Case(name + "/backward" * backward, fn, (q, q, q), *shares, arrays * _size(q), backward)
+    return Case(name + "/backward" * backward, fn, (q, q, q), *shares, arrays * _size(q), backward, mask)
 
 
 def _linear(op: str, batch: int, length: int, heads: int, size: int, backward: bool) -> Case:
@@ -185,6 +190,16 @@ def _int4(rows: int, k: int, n: int) -> Case:
     return Case(f"int4/m{rows}-k{k}-n{n}", fn, shapes, flops, flops, _size(shapes) + rows * n * 2)
 
 
+def _in_float32(case: Case) -> Case:
+    """The case with float32 for bfloat16, which CPUs have no products for."""
+
+    def wider(x):
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32) if x.dtype == jnp.bfloat16 else x
+
+    shapes = jax.tree.map(wider, case.shapes)
+    return dataclasses.replace(case, shapes=shapes, bytes=case.bytes * _size(shapes) / _size(case.shapes))
+
+
 def compiled() -> list[Case]:
     """What `scripts/compile_kernels.py` compiles: published sizes, forward and backward of every op."""
     attention = [("var", 2240, 8, 30, 64), ("var", 9451, 1, 16, 128), ("hmar", 2240, 8, 30, 64), ("diffusion", 8192, 4, 16, 128)]
@@ -215,5 +230,5 @@ def measured(size: str) -> list[Case]:
         cases = [_attention(*case, backward) for case in attention for backward in both]
         cases += [_linear(op, 1, 1024, 8, 64, backward) for op in ("retention", "gla", "delta") for backward in both]
         cases += [_decode(4, 1024, 8, 2, 64), _decode(2, 1024, 8, 2, 64, tree=16)]
-        return cases + [_int4(rows, 1024, 1024) for rows in (1, 16)]
+        return [_in_float32(case) for case in cases + [_int4(rows, 1024, 1024) for rows in (1, 16)]]
     raise ValueError(f"size={size!r} is not one of full, small")

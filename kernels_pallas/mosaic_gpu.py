@@ -25,12 +25,15 @@ def can_interpret() -> bool:
     return _VERSION >= (0, 11)
 
 
-def kernel(body: Callable, device: Device, *, out_type, scratch_types, grid, grid_names, threads: int = 1, **params) -> Callable:
+def kernel(
+    body: Callable, device: Device, *, name: str, out_type, scratch_types, grid, grid_names, threads: int = 1, **params
+) -> Callable:
     """`plgpu.kernel` with warpgroup semantics; interpreted where the device says so.
 
     Args:
       body: the kernel, over references to inputs, outputs and scratch.
       device: that it is built for.
+      name: of the kernel, in profiles and compilers' reports.
       out_type: shapes and dtypes of the outputs.
       scratch_types: shared memory and barriers.
       grid: blocks along each of `grid_names`.
@@ -53,6 +56,7 @@ def kernel(body: Callable, device: Device, *, out_type, scratch_types, grid, gri
         scratch_types=scratch_types,
         grid=grid,
         grid_names=grid_names,
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **params),
         **extra,
     )

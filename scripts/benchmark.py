@@ -1,5 +1,6 @@
 """Measures compiled functions on this machine, as a table and JSON; or compiles them for a TPU that is not attached.
 
+python scripts/benchmark.py kernels --size small         # full on an accelerator; --only attention
 python scripts/benchmark.py var --depth 16 --batch 1
 python scripts/benchmark.py var --depth 16 --batch 1,64 --dtype bfloat16 --train
 TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python scripts/benchmark.py var --depth 16 --dtype bfloat16 --train --topology v5e:2x2
@@ -7,7 +8,9 @@ TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python scripts/benchmark.py var --depth 1
 
 import argparse
 import dataclasses
+import datetime
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgen import benchmark, cli
+from jaxgen import benchmark, cli, kernel_benchmark, kernel_cases
 from jaxgen.decoding import Settings
 from jaxgen.generators import NextScaleSampler
 from jaxgen.tables import text_table
@@ -27,17 +30,45 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("var",))
+    parser.add_argument("what", choices=("var", "kernels"))
     parser.add_argument("--depth", type=int, default=16, help="width is 64 depth, as published")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--unrolled", action="store_true", help="do not scan over layers")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="3, and 20 for kernels")
+    parser.add_argument("--size", help="of the kernels' problems: small or full; None is what suits the device")
+    parser.add_argument("--only", default="", help="kernels' problems whose name contains this")
     parser.add_argument("--train", action="store_true", help="also the generator's training step")
     parser.add_argument("--topology", help="compile for this TPU topology instead of running, such as v5e:2x2")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
     parser.add_argument("--json", help="also writes the rows to this file")
     args = parser.parse_args()
+    args.repeats = args.repeats or (20 if args.what == "kernels" else 3)
+    rows = kernels(args) if args.what == "kernels" else var(args)
+    print(text_table(rows))
+    print(json.dumps(rows))
+    if args.json:
+        with cli.output_file("--json", args.json) as path:
+            path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def kernels(args) -> list[dict]:
+    """Each problem by each implementation that this machine has."""
+    size = args.size or ("small" if jax.default_backend() == "cpu" else "full")
+    cases = [case for case in kernel_cases.measured(size) if args.only in case.name]
+    if not cases:
+        raise ValueError(f"--only {args.only!r} fits none of {', '.join(c.name for c in kernel_cases.measured(size))}")
+    rows = []
+    for row in kernel_benchmark.bench(cases, repeats=args.repeats):
+        print("  ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr)
+        rows.append(row)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, {datetime.date.today()}, median of {args.repeats}")
+    return rows
+
+
+def var(args) -> list[dict]:
+    """The sampler and the training step of VAR."""
     config = cli.load_config_file(str(CONFIGS / "var.py")).get_config("d16").override(
         [
             f"model.depth={args.depth}",
@@ -55,11 +86,7 @@ def main():
         rows.append(sampling(config, batch, args))
         if args.train:
             rows.append(training(config, batch, args))
-    print(text_table(rows))
-    print(json.dumps(rows))
-    if args.json:
-        with cli.output_file("--json", args.json) as path:
-            path.write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
 
 
 def sampling(config, batch: int, args) -> dict:

@@ -21,13 +21,14 @@ import jax
 from jaxgen import cli, kernel_cases
 from jaxgen.kernel_compile import TARGETS, compile_case, device_sharding, environment, packages
 from jaxgen.tables import markdown_table, text_table
+from kernels_pallas import target as kernels_for
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "kernels_pallas" / "COMPILED.md"
 GROWTH = 1.1
 HEADER = """# What the compilers say of the kernels
 
-Written by `python scripts/compile_kernels.py --update`, on a machine without a TPU or a GPU: static facts of the machine code, not
+Written by `python scripts/compile_kernels.py --update` on a machine without a TPU or a GPU: static facts of machine code, not
 times. *bundles*: instruction bundles of a TPU kernel (all code paths once). *registers*, *spills*: a thread of an sm_90a kernel,
 and bytes that went to memory because registers ran out. *temp_MB*: what the whole program needs beside arguments and results.
 
@@ -108,7 +109,8 @@ def child(name: str, _: list[str], dump: str) -> None:
     """Compiles the cases named on standard input and prints a line of JSON for each."""
     target = TARGETS[name]
     placed = device_sharding(target)
-    by_name = {case.name: case for case in kernel_cases.compiled()}
+    with kernels_for(target.kind):  # weights are packed in the layout of the device
+        by_name = {case.name: case for case in kernel_cases.compiled()}
     for case_name in json.loads(sys.stdin.read()):
         common = {"case": case_name, "target": name}
         fn, args = by_name[case_name].build()

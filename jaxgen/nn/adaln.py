@@ -31,20 +31,15 @@ def _six(gate: float, rest: float) -> tuple[float, ...]:
     return (gate,) * 2 + (rest,) * 4
 
 
-class _Parts(nn.Module):
+def _parts(width: int, factors: tuple[float, ...], kernel_init, dtype=jnp.float32, *, name: str) -> nn.DenseGeneral:
     """A dense layer from [b, d] to [b, parts, width], with an initial scale for each part."""
 
-    width: int
-    factors: tuple[float, ...]
-    kernel_init: Any
-    dtype: Any = jnp.float32
+    def init(key, shape, dtype=jnp.float32):
+        # `DenseGeneral` asks for a matrix.
+        parts = _scaled(kernel_init, factors)(key, (shape[0], len(factors), width), dtype)
+        return parts.reshape(shape)
 
-    @nn.compact
-    def __call__(self, x):
-        shape = (x.shape[-1], len(self.factors), self.width)
-        kernel = self.param("kernel", _scaled(self.kernel_init, self.factors), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
-        return jnp.einsum("bd,dpw->bpw", x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    return nn.DenseGeneral((len(factors), width), kernel_init=init, dtype=dtype, name=name)
 
 
 class Modulation(nn.Module):
@@ -64,7 +59,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, cond: Float[Array, "b d"]) -> Float[Array, "b 6 d"]:
-        return _Parts(self.width, _six(self.gate_init, self.rest_init), self.kernel_init, self.dtype, name="dense")(nn.silu(cond))
+        return _parts(self.width, _six(self.gate_init, self.rest_init), self.kernel_init, self.dtype, name="dense")(nn.silu(cond))
 
 
 class SharedModulation(nn.Module):
@@ -96,7 +91,7 @@ class AdaLNHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], cond: Float[Array, "b d"]) -> Float[Array, "b l v"]:
-        ada = _Parts(x.shape[-1], (self.rest_init,) * 2, self.kernel_init, name="ada")(nn.silu(cond))
+        ada = _parts(x.shape[-1], (self.rest_init,) * 2, self.kernel_init, name="ada")(nn.silu(cond))
         scale, shift = jnp.split(ada, 2, axis=1)
 
         def head_init(*args):

@@ -19,7 +19,7 @@ from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.next_scale import NextScaleConfig
 from jaxgen.train import save_params, train
 
-__all__ = ["Claim", "compare_generators", "scaling_law"]
+__all__ = ["Claim", "compare_generators", "mean_and_spread", "scaling_law", "seconds_an_image", "train_all"]
 
 
 class Claim(NamedTuple):
@@ -60,7 +60,7 @@ def compare_generators(
         measured, tokenizer = [], {}
         for seed in range(seeds):
             log(f"{name}: seed {seed}")
-            recipe, params, _ = _train(config, seed, tokenizer | judge, log)
+            recipe, params, _ = train_all(config, seed, tokenizer | judge, log)
             tokenizer, judge = {"tokenizer": params["tokenizer"]}, {"classifier": params["classifier"]}
             settings = dict(cfg=0.0, top_k=0, top_p=0.0)
             result, _ = evaluate_images(
@@ -81,9 +81,9 @@ def compare_generators(
             "tokens": generator.order.length,
         }
         for column in measured[0]:
-            row[column] = _mean_and_spread([m[column] for m in measured])
+            row[column] = mean_and_spread([m[column] for m in measured])
         for batch in (1, 64):
-            row[f"ms/image, batch {batch}"] = round(1e3 * _seconds_an_image(recipe, params, batch), 3)
+            row[f"ms/image, batch {batch}"] = round(1e3 * seconds_an_image(recipe, params, batch), 3)
         rows.append(row | {"real class accuracy": result["generation"]["class_accuracy_real"]})
         rows[-1]["Frechet, real test images"] = result["generation"]["frechet_real"]
     steps = [row["model calls"] for row in rows]
@@ -97,7 +97,7 @@ def scaling_law(sizes: Mapping[str, NextScaleConfig], *, log: Callable[[str], No
     for name, config in sizes.items():
         log(f"scaling: {name}")
         config = dataclasses.replace(config, classifier=dataclasses.replace(config.classifier, steps=0))
-        _, params, metrics_of = _train(config, 0, tokenizer, log)
+        _, params, metrics_of = train_all(config, 0, tokenizer, log)
         tokenizer = {"tokenizer": params["tokenizer"]}
         row = {"model": name, "parameters M": round(_size(params["generator"]) / 1e6, 4)}
         rows.append(row | {f"test {key}": metrics_of["generator"][key] for key in ("nll", "nll_last_step")})
@@ -107,7 +107,7 @@ def scaling_law(sizes: Mapping[str, NextScaleConfig], *, log: Callable[[str], No
     return Claim("Test loss (nats a token) against the generator's size", rows, notes)
 
 
-def _train(config: NextScaleConfig, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict, dict]:
+def train_all(config: NextScaleConfig, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict, dict]:
     """(recipe, parameters by stage, last metrics by stage) of a system whose stages in `given` are trained already."""
     zero = {f"{name}.steps=0" if name == "classifier" else f"{name}_train.steps=0" for name in given}
     config = config_lib.override(config, [f"run.seed={seed}", *sorted(zero)])
@@ -125,12 +125,13 @@ def _size(params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def _mean_and_spread(values: list[float]) -> str | float:
+def mean_and_spread(values: list[float]) -> str | float:
+    """"mean (largest - smallest)", or the value itself if it is one."""
     mean = statistics.fmean(values)
     return f"{mean:.4g} ({max(values) - min(values):.2g})" if len(values) > 1 else mean
 
 
-def _seconds_an_image(recipe: Recipe, params, batch: int, repeats: int = 7) -> float:
+def seconds_an_image(recipe: Recipe, params, batch: int, repeats: int = 7) -> float:
     """Median seconds of warm, compiled sampling, over the batch."""
     labels = np.arange(batch, dtype=np.int32) % recipe.config.model.num_classes
     seconds = []

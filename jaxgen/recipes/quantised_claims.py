@@ -44,7 +44,7 @@ def compare_precisions(
     measured, shared = {}, {}
     for seed in range(seeds):
         log(f"seed {seed}")
-        recipe, params, _ = claims._train(config, seed, shared, log)
+        recipe, params, _ = claims.train_all(config, seed, shared, log)
         shared = {name: params[name] for name in ("tokenizer", "classifier") if name in params}
         for name, (system, weights) in _precisions(recipe.config, params).items():
             log(f"seed {seed}: measuring {name}")
@@ -54,9 +54,9 @@ def compare_precisions(
     for name, (system, weights) in _precisions(recipe.config, params).items():
         row = {"weights": name} | _traffic(weights)
         for column in measured[name][0]:
-            row[column] = claims._mean_and_spread([m[column] for m in measured[name]])
+            row[column] = claims.mean_and_spread([m[column] for m in measured[name]])
         for batch in batches:
-            row[f"ms/image, batch {batch}"] = round(1e3 * claims._seconds_an_image(system.recipe(), weights, batch), 3)
+            row[f"ms/image, batch {batch}"] = round(1e3 * claims.seconds_an_image(system.recipe(), weights, batch), 3)
         rows.append(row)
     baseline, best = rows[0]["MB a model call"], rows[-1]["MB a model call"]
     notes = (

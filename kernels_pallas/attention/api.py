@@ -14,6 +14,7 @@ from kernels_pallas.attention.problem import Problem
 from kernels_pallas.block_mask import BlockMask
 from kernels_pallas.device import Device
 from kernels_pallas.dispatch import Implementation, choose
+from kernels_pallas.lifting import lift
 
 __all__ = ["IMPLEMENTATIONS", "block_sparse_attention"]
 
@@ -21,13 +22,15 @@ OP = "block_sparse_attention"
 _HERE = "kernels_pallas.attention"
 IMPLEMENTATIONS = (
     Implementation("hopper", f"{_HERE}.hopper", ("gpu",)),
-    Implementation("splash", f"{_HERE}.splash", ("tpu",)),
     Implementation("tpu", f"{_HERE}.tpu", ("tpu",)),
+    Implementation("splash", f"{_HERE}.splash", ("tpu",)),
     Implementation("cudnn", f"{_HERE}.cudnn", ("gpu",)),
     Implementation("split", f"{_HERE}.split"),
     Implementation("xla", f"{_HERE}.xla"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
+# XLA sees through these by itself.
+_PLAIN = ("split", "xla")
 
 
 def block_sparse_attention(
@@ -51,7 +54,7 @@ def block_sparse_attention(
       mask: who may attend to whom, of shape (q, s); static.
       scale: of the products; None is d ** -0.5; static.
       return_lse: return also the natural logarithm of every query's sum of exponentials (see `merge`).
-      implementation: "hopper" (Mosaic kernel for sm_90), "splash" (JAX's TPU kernel) or "tpu" (our own), "cudnn" (GPUs),
+      implementation: "hopper" (Mosaic kernel for sm_90), "tpu" (Mosaic kernel) or "splash" (JAX's), "cudnn" (GPUs),
         "split" (dense products a run of equal rows) or "xla" (loops over live blocks; always works). None picks the
         first that can; `kernels_pallas.explain` says which and why.
 
@@ -77,7 +80,10 @@ def block_sparse_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _attention(q, k, v, mask: BlockMask, scale: float, chosen: Implementation, device: Device):
-    return chosen.backend.forward(q, k, v, mask=mask, scale=scale, device=device)
+    fn = functools.partial(chosen.backend.forward, mask=mask, scale=scale, device=device)
+    if chosen.name not in _PLAIN:
+        fn = lift(fn, "bshd btgd btgd -> bshd bsh", device)
+    return fn(q, k, v)
 
 
 def _forward(q, k, v, mask, scale, chosen, device):
@@ -92,7 +98,10 @@ def _backward(mask, scale, chosen, device, residuals, cotangents):
     # no gradient, whatever a caller's arithmetic with -inf made of dlse.
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
     delta = jnp.where(lse == -jnp.inf, 0.0, delta)
-    return chosen.backend.backward(q, k, v, lse, do, delta, mask=mask, scale=scale, device=device)
+    fn = functools.partial(chosen.backend.backward, mask=mask, scale=scale, device=device)
+    if chosen.name not in _PLAIN:
+        fn = lift(fn, "bshd btgd btgd bsh bshd bsh -> bshd btgd btgd", device)
+    return fn(q, k, v, lse, do, delta)
 
 
 _attention.defvjp(_forward, _backward)

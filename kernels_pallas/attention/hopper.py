@@ -17,6 +17,7 @@ from kernels_pallas.attention.hopper_backward import backward
 from kernels_pallas.attention.problem import Problem
 from kernels_pallas.block_mask import EMPTY, BlockMask
 from kernels_pallas.device import Device
+from kernels_pallas.tuning import tuned
 
 __all__ = ["Blocks", "backward", "forward", "refuses", "shared_memory", "static_choice"]
 
@@ -37,8 +38,8 @@ class Blocks:
 
 
 def static_choice(problem: Problem, device: Device) -> Blocks:
-    """The widest tile that the registers hold, and stages for a copy or two ahead."""
-    return Blocks(block_k=128, stages=2 if problem.head_size > 64 else 3)
+    """What was measured, or else the widest tile that the registers hold, and stages for a copy or two ahead."""
+    return tuned(Blocks(block_k=128, stages=2 if problem.head_size > 64 else 3), "attention", device, **problem.bucket)
 
 
 def shared_memory(problem: Problem, blocks: Blocks) -> int:
@@ -97,6 +98,7 @@ def forward(
         _block(*refs, mask=mask, bits=scale * tiles.LOG2E, blocks=blocks)
 
     o, lse = tiles.launch(
+        "attention_forward",
         block,
         device,
         arrays=(q, k, v, q_meta, k_meta, jnp.asarray(schedule)),

@@ -16,6 +16,7 @@ from kernels_pallas.attention import hopper_tiles as tiles
 from kernels_pallas.attention.problem import Problem
 from kernels_pallas.block_mask import EMPTY, BlockMask
 from kernels_pallas.device import Device
+from kernels_pallas.tuning import tuned
 
 __all__ = ["Blocks", "backward", "shared_memory", "static_choice"]
 
@@ -38,8 +39,9 @@ class Blocks:
 
 
 def static_choice(problem: Problem, device: Device) -> Blocks:
-    """The widest tiles that the registers hold beside the accumulators."""
-    return Blocks(block_k=128 if problem.head_size <= 64 else 64, stages_k=3, block_q=64, stages_q=3)
+    """What was measured, or else the widest tiles that the registers hold beside the accumulators."""
+    default = Blocks(block_k=128 if problem.head_size <= 64 else 64, stages_k=3, block_q=64, stages_q=3)
+    return tuned(default, "attention_backward", device, **problem.bucket)
 
 
 def shared_memory(problem: Problem, blocks: Blocks) -> int:
@@ -124,6 +126,7 @@ def _grad_q(q, k, v, do, lse, delta, *, mask, scale, device, blocks):
     rows, bk = tiles.ROWS, blocks.block_k
     schedule = tiles.schedule(mask.planned((rows, bk)), ragged=mask.shape[1] % bk > 0)
     (dq,) = tiles.launch(
+        "attention_dq",
         lambda *refs: _q_block(*refs, mask=mask, scale=scale, blocks=blocks),
         device,
         arrays=(q, k, v, do, lse, delta, *tiles.metadata(mask, (tiles.WARPGROUPS * rows, bk)), jnp.asarray(schedule)),
@@ -199,6 +202,7 @@ def _grad_kv(q, k, v, do, lse, delta, *, mask, scale, device, blocks):
     # Not ragged: gradients of keys past the last are dropped, and queries past the last have p = 0.
     schedule = tiles.schedule(mask.planned((bq, rows)).T)
     return tiles.launch(
+        "attention_dkv",
         lambda *refs: _kv_block(*refs, mask=mask, scale=scale, blocks=blocks),
         device,
         arrays=(q, k, v, do, lse, delta, *tiles.metadata(mask, (bq, tiles.WARPGROUPS * rows)), jnp.asarray(schedule)),

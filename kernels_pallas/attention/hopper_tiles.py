@@ -159,13 +159,28 @@ def allowed(mask: BlockMask, q_meta, k_meta, q_start, k_start, shape: tuple[int,
     q_axis, k_axis = (1, 0) if transposed else (0, 1)
 
     def spread(meta, start, axis):
-        rows = [mosaic_gpu.load(meta.at[i, pl.ds(start, shape[axis])]) for i in range(meta.shape[0])]
-        return [lax.broadcast_in_dim(row, shape, [axis]) for row in rows]
+        def load(i):
+            return lax.broadcast_in_dim(mosaic_gpu.load(meta.at[i, pl.ds(start, shape[axis])]), shape, [axis])
+
+        return _Rows(load, tuple(range(meta.shape[0])))
 
     ok = mask.pred(spread(q_meta, q_start, q_axis), spread(k_meta, k_start, k_axis))
     if mask.shape[1] % shape[k_axis]:
         ok = ok & (lax.broadcasted_iota(jnp.int32, shape, k_axis) < mask.shape[1] - k_start)
     return ok
+
+
+class _Rows:
+    """Rows of metadata, loaded when the predicate asks: Mosaic searches in vain for the layout of one that nobody reads."""
+
+    def __init__(self, load: Callable, rows: tuple[int, ...]):
+        self._load, self._rows = load, rows
+
+    def __getitem__(self, index: int | slice):
+        return _Rows(self._load, self._rows[index]) if isinstance(index, slice) else self._load(self._rows[index])
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def masked(products: jax.Array, kind: jax.Array, ok: Callable[[], jax.Array]) -> jax.Array:
@@ -237,7 +252,9 @@ def stream(step: Callable, compute: Callable, grid: tuple, in_specs: list, stage
     )
 
 
-def launch(block: Callable, device: Device, arrays: tuple, outputs: list, scratch: dict, grid: dict[str, int]):
+def launch(
+    name: str, block: Callable, device: Device, arrays: tuple, outputs: list, scratch: dict, grid: dict[str, int]
+):
     """Runs `block(*inputs, *outputs, scratch)`, over references, in a grid of thread blocks; the last axis varies fastest."""
 
     def body(*refs):
@@ -247,6 +264,7 @@ def launch(block: Callable, device: Device, arrays: tuple, outputs: list, scratc
     kernel = mosaic_gpu.kernel(
         body,
         device,
+        name=name,
         out_type=[jax.ShapeDtypeStruct(*output) for output in outputs],
         scratch_types=list(scratch.values()),
         grid=tuple(grid.values()),

@@ -31,6 +31,12 @@ class Problem:
     dtype: str
     scale: float
 
+    @property
+    def bucket(self) -> dict:
+        """What `kernels_pallas.tuning.tuned` compares; density is the share of allowed elements."""
+        length, density = max(self.mask.shape), self.mask.element_density
+        return {"dtype": self.dtype, "head_size": self.head_size, "length": length, "density": density}
+
     @classmethod
     def of(cls, q, k, mask: BlockMask, scale: float) -> Problem:
         """The problem of arrays q [b, sq, h, d] and k [b, sk, g, d]."""

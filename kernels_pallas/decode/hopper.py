@@ -126,6 +126,7 @@ def forward(q, k_cache, v_cache, lengths, *, problem: Problem, device: Device):
     o, lse = mosaic_gpu.kernel(
         body,
         device,
+        name="decode",
         out_type=[
             jax.ShapeDtypeStruct((b, g, parts, written, d), jnp.float32),
             jax.ShapeDtypeStruct((b, g, parts, padded), jnp.float32),

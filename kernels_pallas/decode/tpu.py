@@ -38,7 +38,7 @@ class Blocks:
 
     Attributes:
       positions: of the cache, a multiple of 128.
-      rows: most query rows a kv head; more are split, and every part reads the cache again.
+      rows: most query rows a kv head, a multiple of 128; more are split, and every part reads the cache again.
     """
 
     positions: int
@@ -46,7 +46,7 @@ class Blocks:
 
 
 def static_choice(problem: Problem, device: Device) -> Blocks:
-    """About 1 MiB of keys a step: several times what the chip fetches in the 0.35 us that a grid step costs."""
+    """About 1 MiB of keys a step, so that what a grid step costs by itself is little beside the copies."""
     position_bytes = _heads(problem.kv_heads) * problem.head_size * jnp.dtype(problem.dtype).itemsize
     positions = max(_LANES, min(2048, (1 << 20) // position_bytes // _LANES * _LANES))
     # Scores of one head and the accumulators of all of them share the 16 MiB of scoped VMEM with the blocks.
@@ -91,23 +91,25 @@ def forward(q, k_cache, v_cache, lengths, *, problem: Problem, device: Device):
     """
     (b, g, n, d), s = q.shape, k_cache.shape[1]
     blocks = static_choice(problem, device)
-    sublanes = 32 // q.dtype.itemsize // 4 * 4
-    rows = min(blocks.rows, _up(n, sublanes))
+    rows = min(blocks.rows, _up(n, 32 // q.dtype.itemsize))
     heads = _heads(g)
     positions = min(blocks.positions, _up(s, _LANES))
     layout = _layout(g, d)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -n % rows), (0, 0)))
     order, shape = {
-        "sgd": ((0, 1, 2, 3), (1, positions, heads, d)),
+        "sgd": ((0, 1, 2, 3), (1, positions, heads, _LANES)),
         "gsd": ((0, 2, 1, 3), (1, heads, positions, d)),
         "gds": ((0, 2, 3, 1), (1, heads, d, positions)),
     }[layout]
 
-    def cache_block(i, h, r, j, lengths):
-        where = {"s": block_at(j, lengths[i], positions), "g": h, "d": 0}
+    # Loads with a stride are of 128 lanes: wider interleaved heads come in so many blocks, of one array.
+    columns = d // _LANES if layout == "sgd" else 1
+
+    def cache_block(column, i, h, r, j, lengths):
+        where = {"s": block_at(j, lengths[i], positions), "g": h, "d": column}
         return (i, *(where[axis] for axis in layout))
 
-    cache = pl.BlockSpec(shape, cache_block)
+    cache = [pl.BlockSpec(shape, functools.partial(cache_block, column)) for column in range(columns)]
     row_block = pl.BlockSpec((1, heads, rows, d), lambda i, h, r, j, lengths: (i, h, r, 0))
     padded = q.shape[2]
     body = functools.partial(_kernel, layout=layout, scale=problem.scale, positions=positions)
@@ -116,7 +118,7 @@ def forward(q, k_cache, v_cache, lengths, *, problem: Problem, device: Device):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, g // heads, padded // rows, pl.cdiv(s, positions)),
-            in_specs=[row_block, cache, cache],
+            in_specs=[row_block, *cache, *cache],
             out_specs=[row_block, pl.BlockSpec((1, heads, 1, rows), lambda i, h, r, j, lengths: (i, h, 0, r))],
             scratch_shapes=[
                 pltpu.VMEM((heads, rows, _LANES), jnp.float32),
@@ -131,11 +133,13 @@ def forward(q, k_cache, v_cache, lengths, *, problem: Problem, device: Device):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         interpret=device.interpret,
         name="decode",
-    )(lengths, q, k_cache.transpose(order), v_cache.transpose(order))
+    )(lengths, q, *[k_cache.transpose(order)] * columns, *[v_cache.transpose(order)] * columns)
     return o[:, :, :n], lse[:, :, 0, :n]
 
 
-def _kernel(lengths, q_ref, k_ref, v_ref, o_ref, lse_ref, m_ref, l_ref, acc_ref, *, layout, scale, positions):
+def _kernel(lengths, q_ref, *refs, layout, scale, positions):
+    *caches, o_ref, lse_ref, m_ref, l_ref, acc_ref = refs
+    k_refs, v_refs = caches[: len(caches) // 2], caches[len(caches) // 2 :]
     j = pl.program_id(3)
     here = lengths[pl.program_id(0)] - j * positions
     heads = q_ref.shape[1]
@@ -171,7 +175,7 @@ def _kernel(lengths, q_ref, k_ref, v_ref, o_ref, lse_ref, m_ref, l_ref, acc_ref,
         together = _together(q_ref.dtype, layout)
 
         def some(i, _):
-            for h, (k, v) in enumerate(zip(_heads_of(k_ref, i, layout), _heads_of(v_ref, i, layout))):
+            for h, (k, v) in enumerate(zip(_heads_of(k_refs, i, layout), _heads_of(v_refs, i, layout))):
                 head(i * together + h, k, v, ragged)
 
         # Few rows are over before the products' latency is: heads should overlap. Many would only make a long program, but
@@ -197,17 +201,20 @@ def _together(dtype, layout: str) -> int:
     return 4 // dtype.itemsize if layout == "sgd" else 1
 
 
-def _heads_of(ref, i, layout: str) -> list[jax.Array]:
+def _heads_of(refs, i, layout: str) -> list[jax.Array]:
     """The cache of the i-th `_together` heads: [positions, d] each, of layout "gds" [d, positions]."""
     if layout != "sgd":
-        return [ref[0, i]]
-    words = ref if ref.dtype.itemsize == 4 else ref.bitcast(jnp.uint32)
-    _, positions, rows, d = words.shape
-    words = words.reshape(positions * rows, d)[pl.ds(i, positions, stride=rows), :]
-    if ref.dtype.itemsize == 4:
+        return [refs[0][0, i]]
+    columns = []
+    for ref in refs:
+        words = ref if ref.dtype.itemsize == 4 else ref.bitcast(jnp.uint32)
+        _, positions, rows, lanes = words.shape
+        columns.append(words.reshape(positions * rows, lanes)[pl.ds(i, positions, stride=rows), :])
+    words = jnp.concatenate(columns, axis=1)
+    if words.dtype == jnp.float32:
         return [words]
     # The even head is the low half of a word; a bfloat16 is the high half of a float32.
-    return [pltpu.bitcast(half, jnp.float32).astype(ref.dtype) for half in (words << 16, words & jnp.uint32(0xFFFF0000))]
+    return [pltpu.bitcast(half, jnp.float32).astype(jnp.bfloat16) for half in (words << 16, words & jnp.uint32(0xFFFF0000))]
 
 
 def _layout(g: int, d: int) -> str:

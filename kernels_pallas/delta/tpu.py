@@ -253,4 +253,5 @@ class _Call:
             scratch_shapes=[pltpu.VMEM((rows, *self.state_type.shape[2:]), jnp.float32)],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             interpret=self.device.interpret,
+            name="gated_delta" + kernel.__name__.removesuffix("_kernel"),
         )(*inputs)

@@ -88,6 +88,9 @@ def _step(problem: Problem, device: Device) -> int | None:
 def forward(x, words, scales, *, problem: Problem, device: Device):
     """y [m, n'] of x [m, k], words [n', k / 8] and scales [k / group, n']."""
     blocks, bk = static_choice(problem, device), _step(problem, device)
+    columns, extra = words.shape[0], -words.shape[0] % _WG
+    if extra:  # a shard whose columns are no whole warpgroups
+        words, scales = jnp.pad(words, ((0, extra), (0, 0))), jnp.pad(scales, ((0, 0), (0, extra)))
     (m, k), n, tile = x.shape, words.shape[0], problem.tile
     parts = pieces(x) if x.dtype == jnp.float32 else x[None]
     rows = parts.reshape(-1, k)
@@ -101,7 +104,7 @@ def forward(x, words, scales, *, problem: Problem, device: Device):
     splits = next(s for s in range(min(steps, max(1, blocks.blocks // tiles)), 0, -1) if steps % s == 0)
     sums = _call(problem, device, blocks, rows, words, scales, bm, bk, warpgroups, splits)
     y = sums.sum(0)[:, : len(parts) * m].reshape(n, len(parts), m).sum(1)
-    return y.T.astype(x.dtype)
+    return y[:columns].T.astype(x.dtype)
 
 
 def _call(problem, device, blocks, rows, words, scales, bm, bk, warpgroups, splits):
@@ -173,6 +176,7 @@ def _call(problem, device, blocks, rows, words, scales, bm, bk, warpgroups, spli
     call = mosaic_gpu.kernel(
         body,
         device,
+        name="int4_matmul",
         out_type=jax.ShapeDtypeStruct((splits, n, m), jnp.float32),
         scratch_types=scratch,
         grid=(n // bn, splits, m // bm),

@@ -92,6 +92,7 @@ def forward(x, words, scales, *, problem: Problem, device: Device):
             flops=2 * len(rows) * k * n, transcendentals=0, bytes_accessed=words.nbytes + scales.nbytes + rows.nbytes
         ),
         interpret=device.interpret,
+        name="int4_matmul",
     )(rows, words, scales)
     return y[: len(parts) * m].reshape(len(parts), m, n).sum(0, dtype=jnp.float32).astype(x.dtype)
 

@@ -55,6 +55,7 @@ def forward(
     q, k, v = tiles.pad_length(q, k, v)
     square = chunks.tile(CHUNK, CHUNK, q.dtype)
     out = chunks.launch(
+        "linear_forward",
         lambda refs: _block(refs, blocks),
         device,
         inputs={"q": q, "k": k, "v": v, "decay": None if log_decay is None else chunks.decay_rows(log_decay), "state": state},

@@ -67,6 +67,7 @@ def _states(x, y, decay, state, *, reverse: bool, stages: int, device: Device) -
     b, t, h, dk = x.shape
     n = pl.cdiv(t, CHUNK)
     out = chunks.launch(
+        "linear_states_reversed" if reverse else "linear_states",
         lambda refs: _states_block(refs, reverse=reverse, stages=stages),
         device,
         inputs={"x": x, "y": y, "decay": decay, "state": state},
@@ -118,6 +119,7 @@ def _tokens(q, k, v, do, decay, before, after, device: Device) -> dict[str, Arra
     shapes = {"q": (CHUNK, dk), "k": (CHUNK, dk), "v": (CHUNK, dv), "do": (CHUNK, dv)}
     shapes |= {"rows_before": (CHUNK, dv), "rows_after": (CHUNK, dv), "columns_after": (dk, CHUNK)}
     return chunks.launch(
+        "linear_gradients",
         _tokens_block,
         device,
         inputs={"q": q, "k": k, "v": v, "do": do, "decay": decay, "before": before, "after": after},
@@ -236,9 +238,9 @@ def _row_products(x_s, y_s):
 def _log_decay_bar(paired: Array, read: Array, keys: Array, written: Array, carried: Array) -> Array:
     """[b, h, t] float32 from sums of each token, [b, h, n, c].
 
-    log_decay_t scales the pairs i >= t > j of a chunk, what is read at i >= t, what is written at j < t, and the state. Pairs of a
-    token with itself, which no decay scales, are left out of both sums that are subtracted here: where decay is strong they are
-    all there is, and nothing large cancels.
+    log_decay_t scales the pairs i >= t > j of a chunk, what is read at i >= t, what is written at j < t, and the state.
+    Pairs of a token with itself, which no decay scales, are left out of both sums that are subtracted here: where decay is
+    strong they are all there is, and nothing large cancels.
 
     Args:
       paired: terms of a query's pairs with earlier keys.

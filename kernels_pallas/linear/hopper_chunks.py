@@ -89,10 +89,11 @@ def spec(columns: int, index: Callable) -> plgpu.BlockSpec:
     return plgpu.BlockSpec((CHUNK, columns), index, transforms=tiles.transforms(columns))
 
 
-def launch(block: Callable, device: Device, inputs: dict, outputs: dict, scratch: dict, grid: dict) -> dict:
+def launch(name: str, block: Callable, device: Device, inputs: dict, outputs: dict, scratch: dict, grid: dict) -> dict:
     """Runs `block(refs)` on one warpgroup a thread block; refs by name, and None for inputs that are None.
 
     Args:
+      name: of the kernel.
       block: the kernel.
       device: that it is built for.
       inputs: arrays.
@@ -108,6 +109,7 @@ def launch(block: Callable, device: Device, inputs: dict, outputs: dict, scratch
     kernel = mosaic_gpu.kernel(
         body,
         device,
+        name=name,
         out_type=[jax.ShapeDtypeStruct(*output) for output in outputs.values()],
         scratch_types=list(scratch.values()),
         grid=tuple(grid.values()),
@@ -119,7 +121,9 @@ def launch(block: Callable, device: Device, inputs: dict, outputs: dict, scratch
 
 def along(decay, kind: int, axis: int) -> Array:
     """One row of decays, [c, c] with its entries along `axis`."""
-    return lax.broadcast_in_dim(mosaic_gpu.load(decay.at[kind]), (CHUNK, CHUNK), [axis])
+    # Layouts are said outright, since jax 0.12 searches for them too long where much depends on these.
+    x = plgpu.layout_cast(mosaic_gpu.load(decay.at[kind]), plgpu.Layout.WGMMA.reduce(1 - axis))
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), [axis]), plgpu.Layout.WGMMA)
 
 
 def weights(decay, *, transposed: bool = False) -> Array:

@@ -57,8 +57,8 @@ def refuses(problem: Problem, device: Device) -> str | None:
     if problem.dtype == "float16":
         return "TPUs have no float16"
     for name, size in (("dk", problem.key_size), ("dv", problem.value_size)):
-        if size not in (64, 128, 192, 256):
-            return f"{name}={size} is not 64, 128, 192 or 256"
+        if size not in (64, 128, 256):
+            return f"{name}={size} is not 64, 128 or 256"
     return None
 
 
@@ -88,7 +88,16 @@ class Plan:
 
     @classmethod
     def of(cls, q: Array, v: Array, problem: Problem, blocks: Blocks, *, bytes_a_token: int, segment: int = 1) -> Plan:
-        """For arrays q [b, t, h, dk] and v, whose heads take `bytes_a_token` in a grid step, and states besides."""
+        """For arrays q [b, t, h, dk] and v [b, t, h, dv].
+
+        Args:
+          q: queries.
+          v: values.
+          problem: static facts.
+          blocks: limits.
+          bytes_a_token: of a head's inputs and outputs; states come on top.
+          segment: at most so many chunks in a grid step.
+        """
         _, t, h, dk = q.shape
         dv = v.shape[3]
         chunks = -(-t // blocks.chunk)
@@ -96,7 +105,8 @@ class Plan:
         # As few padded chunks as that number of segments allows.
         segment = -(-chunks // segments)
         tokens = segment * blocks.chunk
-        a_head = 2 * tokens * bytes_a_token + 4 * dk * dv * (3 + segment)
+        # Two buffers of everything that moves: at most three arrays of states, and one of a segment's.
+        a_head = 2 * tokens * bytes_a_token + 4 * dk * dv * (6 + segment)
         most = max(1, min(blocks.heads, BUDGET // a_head))
         # A block's last axis is a multiple of 128 lanes or the whole array's.
         aligned = [n for n in range(1, most + 1) if n * dk % 128 == 0 and n * dv % 128 == 0]

@@ -1,5 +1,6 @@
 """What `test_api.py` runs on four CPU devices: attention and its gradients over batch and heads; prints one JSON object."""
 
+import contextlib
 import json
 import sys
 from functools import partial
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import BlockMask, block_sparse_attention
+from kernels_pallas import BlockMask, block_sparse_attention, partitioned, target
 
 mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
 SPEC = P("batch", None, "heads", None)
@@ -35,18 +36,25 @@ def attend(name, q, k, v):
 
 
 results = {}
-for name in ("xla", "split"):
+for name in ("xla", "split", "tpu"):
 
-    def both(q, k, v, do, dlse, name=name):
-        (o, lse), vjp = jax.vjp(partial(attend, name), q, k, v)
-        return o, lse, *vjp((do, dlse))
+    def both(q, k, v, do, dlse, name=name, spread=False):
+        with contextlib.ExitStack() as stack:
+            if name == "tpu":
+                stack.enter_context(target("v5e", interpret=True))
+            if spread:
+                stack.enter_context(partitioned(mesh, batch=("batch",), heads=("heads",)))
+            (o, lse), vjp = jax.vjp(partial(attend, name), q, k, v)
+            return o, lse, *vjp((do, dlse))
 
     out = (SPEC, LSE, SPEC, SPEC, SPEC)
     want = jax.jit(both)(*arguments)
     spread = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs)]
     runs = {
-        f"{name}/mapped": jax.jit(jax.shard_map(both, mesh=mesh, in_specs=specs, out_specs=out))(*spread),
-        f"{name}/automatic": jax.jit(both)(*spread),
+        f"{name}/mapped": jax.jit(
+            jax.shard_map(both, mesh=mesh, in_specs=specs, out_specs=out, check_vma=name != "tpu")
+        )(*spread),
+        f"{name}/automatic": jax.jit(partial(both, spread=True))(*spread),
     }
     for key, got in runs.items():
         differences = [float(jnp.abs(x - y).max()) for x, y in zip(got, want)]

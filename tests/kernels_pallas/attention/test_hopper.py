@@ -211,6 +211,15 @@ def test_lowers_for_cuda(head_size, dtype):
         assert lowered(functools.partial(hopper.backward, **static), q, k, v, row, do, row).count("@mosaic_gpu_v2") == 2
 
 
+def test_metadata_that_the_predicate_does_not_read_is_not_loaded():
+    """Mosaic finds no layout for a row that is loaded and not used; a cut of a combination reads by slices."""
+    rows = np.stack([np.arange(200), np.zeros(200, int)])
+    mask = BlockMask(next_scale, rows, rows) & BlockMask(next_scale, rows[:1] * 2, rows[:1])
+    q = jax.ShapeDtypeStruct((1, 200, 2, 64), jnp.bfloat16)
+    with target("h100") as device:
+        assert "@mosaic_gpu_v2" in lowered(functools.partial(hopper.forward, mask=mask, scale=0.1, device=device), q, q, q)
+
+
 def test_blocks_change_the_program(monkeypatch):
     mask = MASKS["next scale"]
     q, k = (jax.ShapeDtypeStruct((1, mask.shape[0], h, 64), jnp.bfloat16) for h in (2, 1))

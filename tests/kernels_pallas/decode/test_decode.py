@@ -13,7 +13,7 @@ from kernels_pallas.decode.problem import Problem
 pytestmark = pytest.mark.numeric
 BF16, F16, F32 = jnp.bfloat16, np.float16, np.float32
 
-# (backend, b, s, g, h, d, dtype). On TPU, heads of 128 lanes are interleaved (g = 2), or not (g = 3); narrower ones are
+# (backend, b, s, g, h, d, dtype). On TPU, heads of 128 lanes or more are interleaved (g = 2), or not (g = 3); others are
 # transposed. 20 rows are more than a block of 16, and 70 more than a warpgroup's 64.
 CASES = [
     ("xla", 5, 333, 2, 8, 64, F32),
@@ -23,6 +23,7 @@ CASES = [
     ("tpu", 4, 300, 2, 2, 128, BF16),
     ("tpu", 3, 37, 4, 4, 128, BF16),
     ("tpu", 3, 200, 3, 3, 128, BF16),
+    ("tpu", 3, 140, 2, 4, 256, F32),
     ("tpu", 4, 260, 1, 20, 16, F32),
     ("hopper", 4, 128, 2, 8, 128, BF16),
     ("hopper", 4, 40, 1, 4, 64, F16),

@@ -204,10 +204,10 @@ def test_a_mesh_splits_rows_and_columns(implementation):
     w = relayout(w, layout)
     backend = next(i for i in IMPLEMENTATIONS if i.name == implementation.split()[0]).backend
     problem = Problem(4, 128, 128, 64, w.tile, layout, "bfloat16", "float32")
-    columns = slice(0, 64)
+    columns = slice(0, 32)
     words = w.words[:, columns] if layout == "kn" else w.words[columns]
     with target(kind, interpret=True) as device:
         y = backend.forward(x[:2], words, w.scales[:, columns], problem=problem, device=device)
         whole = backend.forward(x, w.words, w.scales, problem=problem, device=device)
-    assert y.shape == (2, 64)
-    np.testing.assert_array_equal(y, whole[:2, :64])
+    assert y.shape == (2, 32)
+    np.testing.assert_array_equal(y, whole[:2, :32])

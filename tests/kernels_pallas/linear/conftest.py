@@ -1,5 +1,6 @@
 """Oracles in float64 numpy: the recurrence a token at a time and its adjoint, and dense masks for blocks."""
 
+import functools
 import types
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+# LLVM without optimisation: compiling is most of the time of these tests.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 NAMES = ("o", "state", "dq", "dk", "dv", "dlog_decay", "dstate")
 
 
@@ -84,20 +87,17 @@ def inputs(b, t, h, dk, dv, *, decay="none", regime="mild", dtype="float32", see
 
 
 def differentiated(fn):
-    """jit of (q, k, v, log_decay, state, do, dstate) -> values in the order of NAMES, of fn(q, k, v, log_decay, state).
-
-    LLVM without optimisation: compiling is most of the time of these tests.
-    """
+    """jit of (q, k, v, log_decay, state, do, dstate) -> values in the order of NAMES, of fn(q, k, v, log_decay, state)."""
 
     def both(*args):
         out, pull = jax.vjp(fn, *args[:5])
         return *out, *pull(args[5:])
 
-    return jax.jit(both, compiler_options={"xla_backend_optimization_level": 0})
+    return jit(both)
 
 
 def check(got, args, *, sees=None, roundings=64):
-    """Every element is within `roundings` unit roundoffs of the float64 value, relative to the sum of absolute values of its terms.
+    """Every element is within `roundings` unit roundoffs of the float64 value, relative to the sum of its terms' magnitudes.
 
     64 for float32, whose sums have a few hundred terms. For 16 bits every term is rounded at most 4 times: two factors of a score
     or of what is written and read, the score or the state, and the result; sums are float32.
@@ -105,7 +105,7 @@ def check(got, args, *, sees=None, roundings=64):
     args = [float64(x) for x in args]
     magnitudes = [x if i == 3 or x is None else np.abs(x) for i, x in enumerate(args)]
     run = adjoint if sees is None else (lambda q, k, v, _, *rest: dense(q, k, v, sees, *rest))
-    # What is stored in 16 bits has a roundoff of that type, the states always of the inputs' type as far as products go.
+    # Of the inputs' type, also for states: what is added to them was rounded to it.
     roundoff = float(jnp.finfo(got[0].dtype).eps) / 2
     for name, x, want, magnitude in zip(NAMES, got, run(*args), run(*magnitudes)):
         if want is None:
@@ -119,4 +119,6 @@ def check(got, args, *, sees=None, roundings=64):
 
 @pytest.fixture(scope="session")
 def oracle():
-    return types.SimpleNamespace(inputs=inputs, differentiated=differentiated, check=check, recurrence=recurrence, float64=float64)
+    return types.SimpleNamespace(
+        inputs=inputs, jit=jit, differentiated=differentiated, check=check, recurrence=recurrence, float64=float64
+    )

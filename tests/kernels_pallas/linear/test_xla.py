@@ -1,5 +1,7 @@
 """The chunked scan against the recurrence and dense masks, values and gradients."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +44,7 @@ def test_float16_states_leave_its_range(oracle):
     oracle.check(got, args, roundings=2)
 
 
-@pytest.mark.parametrize("length,block", [(65, 16), (333, 50), (333, 200), (64, 64), (90, 400), (127, 1)])
+@pytest.mark.parametrize("length,block", [(65, 16), (333, 50), (333, 200), (64, 64), (127, 1)])
 def test_blocks_see_themselves(oracle, length, block):
     args = oracle.inputs(1, length, 2, 8, 12, seed=block)
 
@@ -69,21 +71,26 @@ def test_forgetting_everything_has_no_gradient_and_no_nan(oracle):
     got = oracle.differentiated(causal)(q, k, v, log_decay, state, do, 0 * dstate)
     assert all(bool(jnp.isfinite(x).all()) for x in got)
     assert got[5][0, 30, 0] == 0
-    alone = causal(q[:, 30:], k[:, 30:], v[:, 30:], None, None)
+    alone = oracle.jit(causal)(q[:, 30:], k[:, 30:], v[:, 30:], None, None)
     np.testing.assert_allclose(got[0][:, 30:], alone[0], rtol=1e-5, atol=1e-5)
 
 
-def test_few_states_are_kept(oracle):
-    """The backward pass of 64 chunks holds far fewer than 64 states at once."""
-    t, d = 64 * 128, 64
-    x = jax.ShapeDtypeStruct((1, t, 1, d), jnp.float32)
-    state = jax.ShapeDtypeStruct((1, 1, d, d), jnp.float32)
+def shapes(jaxpr):
+    """Of all values in a program and in those inside."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from shapes(getattr(inner, "jaxpr", inner))
 
-    def loss(q, k, v, state):
-        o, last = causal(q, k, v, None, state)
-        return o.sum() + last.sum()
 
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), compiler_options={"xla_backend_optimization_level": 0})
-    memory = compiled.lower(x, x, x, state).compile().memory_analysis()
-    print(memory.temp_size_in_bytes, 4*t*d, 64*d*d*4)
-    assert 0
+def test_few_states_are_kept():
+    """The backward pass of 64 chunks has no array of more than 8 states."""
+    q, v = jnp.ones((1, 64 * 128, 1, 24)), jnp.ones((1, 64 * 128, 1, 40))
+
+    def loss(q, k, v):
+        return causal(q, k, v, None, None)[0].sum()
+
+    found = list(shapes(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, q, v).jaxpr))
+    states = [math.prod(shape[:-2]) for shape in found if shape[-2:] == (40, 24)]
+    assert len(states) > 10 and max(states) == 8
