@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-.PHONY: install demo test test-numeric lint compile-check clean
+.PHONY: install demo test test-numeric lint compilers compile-check compile-models clean
 
 install: $(STAMP)
 
@@ -31,10 +31,17 @@ lint: $(STAMP)
 	$(BIN)/pip install --quiet ruff
 	$(BIN)/ruff check jaxgen kernels_pallas configs scripts tests
 
-# Compiles the training step and the sampler for a TPU that is not attached. Installs libtpu (640 MB) beside the environment.
-compile-check: $(STAMP)
-	$(BIN)/pip install --quiet 'jax[tpu]'
-	TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 TPU_ACCELERATOR_TYPE=v5litepod-4 \
+# Compiles every kernel for TPUs and Hopper GPUs that are not attached. The compilers (2 GB) go to .cache/compilers.
+compilers: $(STAMP)
+	$(BIN)/python scripts/compile_kernels.py --install
+
+compile-check: compilers
+	$(BIN)/python scripts/compile_kernels.py
+
+# The same for a training step and a sampler, on a TPU.
+compile-models: compilers
+	PYTHONPATH="$$(echo .cache/compilers/tpu-*)" TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost TPU_WORKER_ID=0 \
+	  TPU_ACCELERATOR_TYPE=v5litepod-4 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
 	  $(BIN)/python scripts/benchmark.py var --depth 2 --batch 4 --dtype bfloat16 --train --topology v5e:2x2 \
 	  --set data.image_size=64 tokenizer.patch_nums=1,2,3,4
 

@@ -50,6 +50,7 @@ class Case:
       bytes: that must cross the memory bus: arguments and results once.
       backward: also the gradients, to all float arguments.
       mask: of attention.
+      bucket: dtype, head_size, length and density, for `kernels_pallas.tuning`.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Case:
     bytes: float
     backward: bool = False
     mask: BlockMask | None = None
+    bucket: dict = dataclasses.field(default_factory=dict)
 
     @property
     def op(self) -> str:
@@ -131,9 +133,10 @@ def _attention(kind: str, length: int, batch: int, heads: int, head_size: int, b
 
     times = 1 + BACKWARD if backward else 1
     name = f"attention/{kind}-{length}-b{batch}-h{heads}-d{head_size}"
+    bucket = {"dtype": "bfloat16", "head_size": head_size, "length": length, "density": mask.element_density}
     arrays = 4 + 4 * backward  # q, k, v, o; and for gradients do, dq, dk, dv
     shares = times * full * np.array([mask.element_density, mask.density])
-    return Case(name + "/backward" * backward, fn, (q, q, q), *shares, arrays * _size(q), backward, mask)
+    return Case(name + "/backward" * backward, fn, (q, q, q), *shares, arrays * _size(q), backward, mask, bucket)
 
 
 def _linear(op: str, batch: int, length: int, heads: int, size: int, backward: bool) -> Case:
@@ -156,7 +159,8 @@ def _linear(op: str, batch: int, length: int, heads: int, size: int, backward: b
     flops = batch * length * heads * size * products * (1 + BACKWARD if backward else 1)
     traffic = (_size(shapes) + _size(x)) * (2 if backward else 1)
     name = f"{'delta' if op == 'delta' else 'linear'}/{op}-b{batch}-t{length}-h{heads}-d{size}"
-    return Case(name + "/backward" * backward, fn, shapes, flops, flops, traffic, backward)
+    bucket = {"dtype": "bfloat16", "head_size": size, "length": length, "density": 1.0}
+    return Case(name + "/backward" * backward, fn, shapes, flops, flops, traffic, backward, bucket=bucket)
 
 
 def _decode(batch: int, length: int, heads: int, kv_heads: int, size: int, tree: int = 0) -> Case:
@@ -176,7 +180,8 @@ def _decode(batch: int, length: int, heads: int, kv_heads: int, size: int, tree:
 
     flops = 4.0 * batch * heads * max(tree, 1) * (length + tree) * size
     name = f"decode/{f'tree{tree}-' if tree else ''}b{batch}-s{length}-h{heads}-g{kv_heads}-d{size}"
-    return Case(name, fn, shapes, flops, flops, _size(shapes) + _size(shapes[0]))
+    bucket = {"dtype": "bfloat16", "head_size": size, "length": length, "density": 1.0}
+    return Case(name, fn, shapes, flops, flops, _size(shapes) + _size(shapes[0]), bucket=bucket)
 
 
 def _int4(rows: int, k: int, n: int) -> Case:
@@ -187,7 +192,8 @@ def _int4(rows: int, k: int, n: int) -> Case:
         return int4_matmul(x, w, implementation=implementation)
 
     flops = 2.0 * rows * k * n
-    return Case(f"int4/m{rows}-k{k}-n{n}", fn, shapes, flops, flops, _size(shapes) + rows * n * 2)
+    bucket = {"dtype": "bfloat16", "head_size": n, "length": rows, "density": 1.0}
+    return Case(f"int4/m{rows}-k{k}-n{n}", fn, shapes, flops, flops, _size(shapes) + rows * n * 2, bucket=bucket)
 
 
 def _in_float32(case: Case) -> Case:

@@ -8,6 +8,7 @@ Fails if a kernel does not compile, spills registers, or has over 10 % more bund
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ import jax
 from jaxgen import cli, kernel_cases
 from jaxgen.kernel_compile import TARGETS, compile_case, device_sharding, environment, packages
 from jaxgen.tables import markdown_table, text_table
+from kernels_pallas import explain
 from kernels_pallas import target as kernels_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +43,7 @@ def main():
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--packages", type=Path, default=ROOT / ".cache" / "compilers", help="where the compilers are installed")
     parser.add_argument("--update", action="store_true", help=f"write {RECORD.name}; with --only or --targets, those rows of it")
+    parser.add_argument("--install", action="store_true", help="only install the compilers")
     parser.add_argument("--child", metavar="DUMP", help=argparse.SUPPRESS)
     args = parser.parse_args()
     targets = args.targets.split(",")
@@ -52,7 +55,11 @@ def main():
         raise ValueError(f"--only {args.only!r} fits none of {', '.join(case.name for case in kernel_cases.compiled())}")
     if args.child:
         return child(targets[0], cases, args.child)
-    rows = [row for name in targets for row in parent(name, cases, args.packages)]
+    sites = {name: install(TARGETS[name], args.packages) for name in targets}
+    if args.install:
+        return 0
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        rows = [row for found in pool.map(lambda name: parent(name, cases, sites[name]), targets) for row in found]
     print(text_table(rows))
     recorded = read_record()
     if args.update:
@@ -71,10 +78,9 @@ def order(row: dict) -> tuple:
     return row["case"].split("/")[0], row["case"], row["target"], row["kernel"]
 
 
-def parent(name: str, cases: list[str], folder: Path) -> list[dict]:
+def parent(name: str, cases: list[str], site: Path) -> list[dict]:
     """Rows of a target, from child processes: compilers of GPUs may abort the process that they run in."""
     target, left, rows = TARGETS[name], list(cases), []
-    site = install(target, folder)
     while left:
         with tempfile.TemporaryDirectory() as dump:
             variables = os.environ | environment(target, site, dump)
@@ -121,8 +127,15 @@ def child(name: str, _: list[str], dump: str) -> None:
         else:
             facts = {"temp_MB": round(facts["temp_MB"] or 0.0, 1), "jax": jax.__version__}
             rows = [common | {k: "" if v is None else v for k, v in dataclasses.asdict(r).items()} | facts for r in reports]
-            rows = rows or [common | {"kernel": "FAILED: no kernel in the program"}]
+            rows = rows or [common | {"kernel": no_kernel(fn, args, target)}]
         print(json.dumps({"case": case_name, "rows": rows}), flush=True)
+
+
+def no_kernel(fn, args, target) -> str:
+    """What to say of a program without a kernel: which composition serves, or that one is missing."""
+    with kernels_for(target.kind):
+        choices = {choice.implementation for choice in explain(fn, *args)}
+    return f"none, {' and '.join(sorted(choices))}" if choices <= {"xla", "split"} else "FAILED: no kernel in the program"
 
 
 def read_record() -> list[dict]:
@@ -143,10 +156,10 @@ def check(rows: list[dict], recorded: list[dict]) -> list[str]:
         if row["kernel"].startswith("FAILED"):
             problems.append(what)
             continue
-        if row["spills"]:
+        if row.get("spills"):
             problems.append(f"{what}: {row['spills']} bytes of spilled registers")
-        old = before.get((row["case"], row["target"], row["kernel"], row["jax"]))
-        if old and row["bundles"] and row["bundles"] > GROWTH * int(old["bundles"]):
+        old = before.get((row["case"], row["target"], row["kernel"], row.get("jax")))
+        if old and row.get("bundles") and row["bundles"] > GROWTH * int(old["bundles"]):
             problems.append(f"{what}: {row['bundles']} bundles, {old['bundles']} are recorded")
     return problems
 

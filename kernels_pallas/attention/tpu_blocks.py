@@ -13,6 +13,7 @@ from jax import lax
 from kernels_pallas.attention.problem import Problem
 from kernels_pallas.block_mask import EMPTY, FULL, PARTIAL, BlockMask
 from kernels_pallas.device import Device
+from kernels_pallas.tuning import tuned
 
 __all__ = [
     "LANES",
@@ -64,7 +65,7 @@ class Blocks:
 
 
 def static_choice(problem: Problem, device: Device) -> Blocks:
-    """The blocks with the fewest bundles over the plan of the mask; short sequences take smaller ones."""
+    """What was measured, or the blocks with the fewest bundles over the mask's plan; short sequences take smaller ones."""
     mask, group = problem.mask, problem.heads // problem.kv_heads
 
     def fitted(block):
@@ -73,7 +74,8 @@ def static_choice(problem: Problem, device: Device) -> Blocks:
     columns = fitted(_cheapest(mask, _COLUMNS, edge_axis=1))
     held = dq_bytes(group, -(-mask.shape[0] // columns[0]) * columns[0], problem.head_size, problem.dtype)
     fits = held + STEP_BYTES <= _VMEM_MIB.get(device.kind, 0) << 20
-    return Blocks(fitted(_cheapest(mask, _FORWARD, edge_axis=0)), columns, None if fits else fitted((512, 512)))
+    default = Blocks(fitted(_cheapest(mask, _FORWARD, edge_axis=0)), columns, None if fits else fitted((512, 512)))
+    return tuned(default, "attention", device, **problem.bucket)
 
 
 def _cheapest(mask: BlockMask, costs: dict[tuple[int, int], tuple[int, ...]], edge_axis: int) -> tuple[int, int]:
