@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -43,7 +42,10 @@ def main():
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
     parser.add_argument("--json", help="also writes the rows to this file")
     args = parser.parse_args()
-    args.repeats = args.repeats or (20 if args.what == "kernels" else 3)
+    if args.repeats is None:
+        args.repeats = 20 if args.what == "kernels" else 3
+    if args.repeats < 1:
+        raise ValueError(f"--repeats {args.repeats}: expected at least 1")
     rows = kernels(args) if args.what == "kernels" else var(args)
     print(text_table(rows))
     print(json.dumps(rows))
@@ -60,7 +62,7 @@ def kernels(args) -> list[dict]:
         raise ValueError(f"--only {args.only!r} fits none of {', '.join(c.name for c in kernel_cases.measured(size))}")
     rows = []
     for row in kernel_benchmark.bench(cases, repeats=args.repeats):
-        print("  ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr)
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
         rows.append(row)
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {datetime.date.today()}, median of {args.repeats}")
@@ -79,9 +81,8 @@ def var(args) -> list[dict]:
         ]
     ).config
     rows, batches = [], cli.comma_separated(args.batch, "--batch")
-    for flag, value in (("--batch", min(batches)), ("--repeats", args.repeats)):
-        if value < 1:
-            raise ValueError(f"{flag} {value}: expected at least 1")
+    if min(batches) < 1:
+        raise ValueError(f"--batch {min(batches)}: expected at least 1")
     for batch in batches:
         rows.append(sampling(config, batch, args))
         if args.train:

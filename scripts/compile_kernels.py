@@ -144,7 +144,7 @@ def read_record() -> list[dict]:
         return []
     lines = [line.strip("| \n").split(" | ") for line in RECORD.read_text().splitlines() if line.startswith("|")]
     head, _, *body = ([cell.strip() for cell in line] for line in lines)
-    return [dict(zip(head, row)) for row in body]
+    return [{name: int(cell) if cell.isdigit() else cell for name, cell in zip(head, row)} for row in body]
 
 
 def check(rows: list[dict], recorded: list[dict]) -> list[str]:
@@ -159,7 +159,7 @@ def check(rows: list[dict], recorded: list[dict]) -> list[str]:
         if row.get("spills"):
             problems.append(f"{what}: {row['spills']} bytes of spilled registers")
         old = before.get((row["case"], row["target"], row["kernel"], row.get("jax")))
-        if old and row.get("bundles") and row["bundles"] > GROWTH * int(old["bundles"]):
+        if old and row.get("bundles") and row["bundles"] > GROWTH * old["bundles"]:
             problems.append(f"{what}: {row['bundles']} bundles, {old['bundles']} are recorded")
     return problems
 

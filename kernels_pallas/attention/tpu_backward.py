@@ -183,9 +183,9 @@ def _over_columns(*arrays, mask, scale, device, block, with_dq):
         out_shape.append(jax.ShapeDtypeStruct(q.shape, q.dtype))
         scratch.append(pltpu.VMEM((group, sq, d), jnp.float32))
         limit = dq_bytes(group, sq, d, q.dtype.name) + STEP_BYTES
-    kinds = frozenset((items & 3).tolist())
+    static = dict(kinds=frozenset((items & 3).tolist()), pred=mask.pred, scale=scale, with_dq=with_dq)
     dk, dv, *dq = pl.pallas_call(
-        functools.partial(_column_kernel, kinds=kinds, pred=mask.pred, scale=scale, with_dq=with_dq),
+        functools.partial(_column_kernel, **static, steps=items.size, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, g, items.size, group),
@@ -213,13 +213,34 @@ def _over_columns(*arrays, mask, scale, device, block, with_dq):
 
 
 def _column_kernel(
-    items, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_meta, k_meta, dk_ref, dv_ref, *refs, kinds, pred, scale, with_dq
+    items,
+    q_ref,
+    k_ref,
+    v_ref,
+    do_ref,
+    lse_ref,
+    delta_ref,
+    q_meta,
+    k_meta,
+    dk_ref,
+    dv_ref,
+    *refs,
+    kinds,
+    pred,
+    scale,
+    with_dq,
+    steps,
+    group,
 ):
-    """One block of one head; scores are [keys, queries], so that no product needs them turned except that of dq."""
+    """One block of one head; scores are [keys, queries], so that no product needs them turned except that of dq.
+
+    The grid's sizes, `steps` and `group`, are given: jax 0.11.2 keeps the trace of a kernel for other grids with the same blocks,
+    with what `pl.num_programs` was.
+    """
     dq_ref, dk_s, dv_s, dq_s = refs if with_dq else (None, *refs, None)
     n, r = pl.program_id(2), pl.program_id(3)
     _, minor, first, last, kind = unpack(items[n])
-    last_of_group = r == pl.num_programs(3) - 1
+    last_of_group = r == group - 1
     dot = functools.partial(lax.dot_general, precision=precision(q_ref.dtype), preferred_element_type=jnp.float32)
     block_q = q_ref.shape[0]
 
@@ -274,4 +295,4 @@ def _column_kernel(
         def write(head, at):
             dq_ref[head, at, :] = (dq_s[head, at, :] * scale).astype(dq_ref.dtype)
 
-        pl.when((n == pl.num_programs(2) - 1) & last_of_group)(lambda: over_dq(write))
+        pl.when((n == steps - 1) & last_of_group)(lambda: over_dq(write))

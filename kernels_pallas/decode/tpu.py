@@ -112,12 +112,14 @@ def forward(q, k_cache, v_cache, lengths, *, problem: Problem, device: Device):
     cache = [pl.BlockSpec(shape, functools.partial(cache_block, column)) for column in range(columns)]
     row_block = pl.BlockSpec((1, heads, rows, d), lambda i, h, r, j, lengths: (i, h, r, 0))
     padded = q.shape[2]
-    body = functools.partial(_kernel, layout=layout, scale=problem.scale, positions=positions)
+    # Not `pl.num_programs`: jax 0.11.2 keeps the trace of a kernel for other grids with the same blocks, that number included.
+    steps = pl.cdiv(s, positions)
+    body = functools.partial(_kernel, layout=layout, scale=problem.scale, positions=positions, steps=steps)
     o, lse = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(b, g // heads, padded // rows, pl.cdiv(s, positions)),
+            grid=(b, g // heads, padded // rows, steps),
             in_specs=[row_block, *cache, *cache],
             out_specs=[row_block, pl.BlockSpec((1, heads, 1, rows), lambda i, h, r, j, lengths: (i, h, 0, r))],
             scratch_shapes=[
@@ -137,7 +139,7 @@ def forward(q, k_cache, v_cache, lengths, *, problem: Problem, device: Device):
     return o[:, :, :n], lse[:, :, 0, :n]
 
 
-def _kernel(lengths, q_ref, *refs, layout, scale, positions):
+def _kernel(lengths, q_ref, *refs, layout, scale, positions, steps):
     *caches, o_ref, lse_ref, m_ref, l_ref, acc_ref = refs
     k_refs, v_refs = caches[: len(caches) // 2], caches[len(caches) // 2 :]
     j = pl.program_id(3)
@@ -186,7 +188,7 @@ def _kernel(lengths, q_ref, *refs, layout, scale, positions):
     pl.when(here >= positions)(lambda: step(False))
     pl.when((here > 0) & (here < positions))(lambda: step(True))
 
-    @pl.when(j == pl.num_programs(3) - 1)
+    @pl.when(j == steps - 1)
     def _():
         for h in range(heads):
             dead = l_ref[h] == 0

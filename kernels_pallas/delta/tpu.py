@@ -150,20 +150,22 @@ def _start(carry, ref):
         carry[...] = ref[:, 0]
 
 
-def _finish(carry, ref):
-    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+def _finish(carry, ref, steps: int):
+    # Not `pl.num_programs`: jax 0.11.2 keeps the trace of a kernel for other grids with the same blocks, that number included.
+    @pl.when(pl.program_id(1) == steps - 1)
     def _():
         ref[:, 0] = carry[...]
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, gates_ref, state_ref, o_ref, last_ref, carry):
+def _forward_kernel(q_ref, k_ref, v_ref, gates_ref, state_ref, o_ref, last_ref, carry, *, steps):
     _start(carry, state_ref)
     o, carry[...] = jax.vmap(_forward_chunk)(q_ref[...], k_ref[...], v_ref[...], gates_ref[:, 0], carry[...])
     o_ref[...] = o.astype(o_ref.dtype)
-    _finish(carry, last_ref)
+    _finish(carry, last_ref, steps)
 
 
-def _write_kernel(k_ref, v_ref, gates_ref, state_ref, states_ref, inverses_ref, carry):
+def _write_kernel(k_ref, v_ref, gates_ref, state_ref, states_ref, inverses_ref, carry, *, steps):
+    del steps
     _start(carry, state_ref)
     states_ref[:, 0] = carry[...]
     carry[...], inverses_ref[:, 0] = jax.vmap(_write_chunk)(k_ref[...], v_ref[...], gates_ref[:, 0], carry[...])
@@ -171,7 +173,7 @@ def _write_kernel(k_ref, v_ref, gates_ref, state_ref, states_ref, inverses_ref, 
 
 def _backward_kernel(
     q_ref, k_ref, v_ref, gates_ref, states_ref, inverses_ref, o_bar_ref, last_bar_ref,
-    q_bar_ref, k_bar_ref, v_bar_ref, gates_bar_ref, state_bar_ref, carry,
+    q_bar_ref, k_bar_ref, v_bar_ref, gates_bar_ref, state_bar_ref, carry, *, steps,
 ):  # fmt: skip
     _start(carry, last_bar_ref)
     tokens = q_ref[...], k_ref[...], v_ref[...], gates_ref[:, 0]
@@ -182,7 +184,7 @@ def _backward_kernel(
     gates_bar_ref[:, 0, 0:1] = bar.log_decay
     gates_bar_ref[:, 0, 1:2] = bar.beta
     carry[...] = bar.state
-    _finish(carry, state_bar_ref)
+    _finish(carry, state_bar_ref, steps)
 
 
 class _Call:
@@ -245,7 +247,7 @@ class _Call:
             return pl.BlockSpec((rows, 1, *x.shape[2:]), lambda r, i: (r, at(i) if each else 0, 0, 0))
 
         return pl.pallas_call(
-            kernel,
+            functools.partial(kernel, steps=self.n),
             grid=(self.state_type.shape[0] // rows, self.n),
             in_specs=[spec(x) for x in inputs],
             out_specs=[spec(x) for x in out],

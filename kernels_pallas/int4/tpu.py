@@ -76,8 +76,9 @@ def forward(x, words, scales, *, problem: Problem, device: Device):
     rows = jnp.pad(rows, ((0, -len(rows) % bm), (0, 0)))
     per_step = max(1, bk // problem.group)
     scales = scales.reshape(-1, per_step, n)
+    # The number of steps is no `pl.num_programs`: jax 0.11.2 keeps a kernel's trace for other grids with the same blocks.
     y = pl.pallas_call(
-        functools.partial(_body, problem=problem),
+        functools.partial(_body, problem=problem, steps=k // bk),
         grid=(len(rows) // bm, pl.cdiv(n, bn), k // bk),
         in_specs=[
             pl.BlockSpec((bm, bk), lambda m, n, k: (m, k)),
@@ -97,7 +98,7 @@ def forward(x, words, scales, *, problem: Problem, device: Device):
     return y[: len(parts) * m].reshape(len(parts), m, n).sum(0, dtype=jnp.float32).astype(x.dtype)
 
 
-def _body(x_ref, words_ref, scales_ref, y_ref, total_ref, *, problem: Problem):
+def _body(x_ref, words_ref, scales_ref, y_ref, total_ref, *, problem: Problem, steps: int):
     """One step: `span` rows of w at a time are unpacked, multiplied and scaled."""
 
     @pl.when(pl.program_id(2) == 0)
@@ -116,7 +117,7 @@ def _body(x_ref, words_ref, scales_ref, y_ref, total_ref, *, problem: Problem):
             total += y * scales_ref[0, row : row + 1].astype(jnp.float32)
     total_ref[...] = total
 
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    @pl.when(pl.program_id(2) == steps - 1)
     def _():
         y_ref[...] = total_ref[...].astype(y_ref.dtype)
 

@@ -65,13 +65,19 @@ def static_choice(problem: Problem, device: Device) -> Blocks:
 
 # Rows of `decay_rows`, in the order of `chunk.Sums`.
 COARSE, FINE, START, END = range(4)
+_ROWS = 6
 
 
 def decay_rows(log_decay: Array) -> Array:
-    """[b, t, h] to the sums of chunks, [b, h, n, 4, c]; tokens after t do not decay."""
+    """[b, t, h] to the sums of chunks, [b, h, n, 6, c]; tokens after t do not decay.
+
+    The coarse and the fine ones are there twice, to be spread along rows and along columns: equal loads become one, for whose
+    result there is no layout that suits both.
+    """
     b, t, h = log_decay.shape
     x = jnp.pad(log_decay, ((0, 0), (0, -t % CHUNK), (0, 0))).transpose(0, 2, 1)
-    return jnp.stack(chunk.sums(x.reshape(-1, CHUNK)), axis=1).reshape(b, h, -1, 4, CHUNK)
+    sums = chunk.sums(x.reshape(-1, CHUNK))
+    return jnp.stack([*sums, sums.coarse, sums.fine], axis=1).reshape(b, h, -1, _ROWS, CHUNK)
 
 
 def tile(rows: int, columns: int, dtype):
@@ -120,17 +126,16 @@ def launch(name: str, block: Callable, device: Device, inputs: dict, outputs: di
 
 
 def along(decay, kind: int, axis: int) -> Array:
-    """One row of decays, [c, c] with its entries along `axis`."""
-    # Layouts are said outright, since jax 0.12 searches for them too long where much depends on these.
-    x = plgpu.layout_cast(mosaic_gpu.load(decay.at[kind]), plgpu.Layout.WGMMA.reduce(1 - axis))
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (CHUNK, CHUNK), [axis]), plgpu.Layout.WGMMA)
+    """A kind of sums, [c, c] with its entries along `axis`; along columns COARSE and FINE only."""
+    row = mosaic_gpu.load(decay.at[kind + 4 * axis])
+    return lax.broadcast_in_dim(row, (CHUNK, CHUNK), [axis])
 
 
 def weights(decay, *, transposed: bool = False) -> Array:
     """w of `chunk.Factors`, [c, c]: exp(b_i - b_j) where query i is not before key j, and else 0.
 
     Args:
-      decay: reference to the chunk's rows [4, c], or None for 1 in place of the exponentials.
+      decay: reference to the chunk's rows [6, c], or None for 1 in place of the exponentials.
       transposed: keys are the rows.
     """
     i_axis, j_axis = (1, 0) if transposed else (0, 1)
@@ -142,8 +147,8 @@ def weights(decay, *, transposed: bool = False) -> Array:
 
 
 def decay_specs(decay, index: Callable) -> list[plgpu.BlockSpec]:
-    """A pipeline's block of the chunk's rows, from [n, 4, c]; none without decay."""
-    return [] if decay is None else [plgpu.BlockSpec((None, 4, CHUNK), lambda i: (index(i), 0, 0))]
+    """A pipeline's block of the chunk's rows, from [n, 6, c]; none without decay."""
+    return [] if decay is None else [plgpu.BlockSpec((None, _ROWS, CHUNK), lambda i: (index(i), 0, 0))]
 
 
 def advance(state: Array, x_s, y_s, decay, kind: int, scaled_s, stage) -> Array:
