@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,6 @@ def evaluate(
     Raises:
       ValueError: there are no examples.
     """
-
-    @jax.jit
-    def eval_step(*args):
-        with partitioned(mesh):
-            return stage.eval_loss(*args)
-
     key, parts = jax.random.key(0), mesh.shape["data"] * mesh.shape["fsdp"]
     total, count = {}, 0
     for index, batch in enumerate(stage.eval_data(jax.process_index(), jax.process_count())):
@@ -50,9 +45,15 @@ def evaluate(
         # The last batch may be too small to be split: every device then computes all of it.
         whole = size % parts and jax.process_count() == 1
         batch = jax.device_put(batch, replicated(mesh)) if whole else shard_batch(mesh, batch)
-        metrics = eval_step(params, state, batch, jax.random.fold_in(key, index), frozen)
+        metrics = _eval_step(stage.eval_loss, mesh, params, state, batch, jax.random.fold_in(key, index), frozen)
         total = {name: total.get(name, 0.0) + size * value for name, value in metrics.items()}
         count += size
     if not count:
         raise ValueError(f"stage {stage.name!r}: eval_data has no examples")
     return {name: float(value) / count for name, value in total.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _eval_step(eval_loss: Callable, mesh: Mesh, *args):
+    with partitioned(mesh):
+        return eval_loss(*args)

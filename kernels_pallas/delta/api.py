@@ -19,6 +19,7 @@ __all__ = ["gated_delta", "gated_delta_step"]
 
 IMPLEMENTATIONS = (
     Implementation("tpu", "kernels_pallas.delta.tpu", ("tpu",)),
+    Implementation("hopper", "kernels_pallas.delta.hopper", ("gpu",)),
     Implementation("xla", "kernels_pallas.delta.xla"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +45,8 @@ def gated_delta(
     with beta |k|^2 > 2 it grows without limit.
 
     Differentiable once, in every array, in reverse mode. What is kept for it are the inputs: states are computed again.
-    TPUs have kernels; GPUs compute the same chunks as a scan of batched products in XLA.
+    TPUs have kernels. Hopper GPUs have some for what couples chunks in order (bfloat16, dk and dv of 64 or 128), and compute
+    the rest as batched products in XLA; other devices compute the same chunks as a scan of such products.
 
     Args:
       q: queries; q, k and v have one dtype: float32, bfloat16 or float16.
@@ -53,7 +55,7 @@ def gated_delta(
       log_decay: at most 0 (not checked); None lets nothing decay (DeltaNet).
       beta: write strengths in [0, 1], or up to 2.
       state: before the first token, float32; None is zeros.
-      implementation: "tpu", "xla" or None for the first that can.
+      implementation: "tpu", "hopper", "xla" or None for the first that can.
 
     Returns:
       Outputs in the dtype of v, and the state after the last token. Calling again with it continues the sequence.

@@ -3,6 +3,8 @@
 Columns of the state go with columns of the values and know nothing of each other, so a head is spread over dv / 64 blocks,
 which read its queries and keys through the L2 cache. Sums are float32 and so is the state; operands of products are bfloat16, as
 the tensor cores take them. A query reads a copy of the state rounded to bfloat16 (2^-9 of an entry); the state is never rounded.
+
+A decay a channel is `hopper_channel`'s, which leaves what is parallel over chunks to XLA.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import mosaic_gpu
 from kernels_pallas.attention import hopper_tiles as tiles
 from kernels_pallas.device import Device
+from kernels_pallas.linear import hopper_backward, hopper_channel
 from kernels_pallas.linear import hopper_chunks as chunks
-from kernels_pallas.linear.hopper_backward import backward
 from kernels_pallas.linear.hopper_chunks import CHUNK, Blocks, static_choice
 from kernels_pallas.linear.problem import Problem
 
@@ -34,8 +36,6 @@ def refuses(problem: Problem, device: Device) -> str | None:
         return f"jax {jax.__version__} cannot interpret Mosaic GPU kernels; 0.11 can"
     if not problem.causal:
         return f"block_size={problem.block_size}: blocks that see themselves are bound by bytes, and XLA does them in one pass"
-    if problem.decay == "channel":
-        return "it has no decay a channel"
     if problem.dtype != "bfloat16":
         return f"dtype {problem.dtype} is not bfloat16, whose products are fast and whose range is the state's"
     for name, size, sizes in (("dk", problem.key_size, (64, 128)), ("dv", problem.value_size, (64, 128, 192, 256))):
@@ -50,6 +50,8 @@ def forward(
     q: Array, k: Array, v: Array, log_decay: Array | None, state: Array, *, problem: Problem, device: Device
 ) -> tuple[Array, Array]:
     """Outputs [b, t, h, dv] and the last state [b, h, dk, dv]; arguments as in `xla.forward`."""
+    if problem.decay == "channel":
+        return hopper_channel.forward(q, k, v, log_decay, state, problem=problem, device=device)
     b, t, h, dk = q.shape
     blocks = static_choice(problem, device)
     q, k, v = tiles.pad_length(q, k, v)
@@ -64,6 +66,12 @@ def forward(
         grid={"b": b, "h": h, "j": v.shape[3] // CHUNK},
     )
     return out["o"][:, :t], out["last"]
+
+
+def backward(*arrays: Array, problem: Problem, device: Device) -> tuple[Array, Array, Array, Array | None, Array]:
+    """Cotangents of q, k, v, log_decay and state; arguments as in `xla.backward`."""
+    module = hopper_channel if problem.decay == "channel" else hopper_backward
+    return module.backward(*arrays, problem=problem, device=device)
 
 
 def _block(refs: dict, blocks: Blocks):

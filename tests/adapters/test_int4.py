@@ -112,7 +112,9 @@ def test_a_generator_scanned_and_unrolled(tiny, unrolled):
     variables = unstack_layers(tiny.params["generator"]) if unrolled else tiny.params["generator"]
     layers = linear_layers(module, variables, LABELS, FEATURES)
     blocks = [path for path in layers if "transformer" in path]
-    assert len(blocks) % (4 * (2 if unrolled else 1)) == 0 and {layers[path].stacked for path in blocks} == {1 - unrolled}
+    # Modulation, queries with keys and values, projection, and the two of the MLP.
+    assert len(blocks) == 5 * (tiny.generator.depth if unrolled else 1)
+    assert {layers[path].stacked for path in blocks} == {1 - unrolled}
     packed = quantise(variables, layers, where=lambda path: path.startswith("transformer"), group=32)
     got = jax.jit(Int4Module(module).apply)(packed, LABELS, FEATURES)
     want = jax.jit(module.apply)(dequantise(packed, layers), LABELS, FEATURES)

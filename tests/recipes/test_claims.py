@@ -53,7 +53,7 @@ def judged(monkeypatch):
         return {"reconstruction": {"psnr": 20.0}, "generation": generation}, None
 
     monkeypatch.setattr(claims, "evaluate_images", evaluate)
-    monkeypatch.setattr(claims, "_seconds_an_image", lambda recipe, params, batch: 1.0 / batch)
+    monkeypatch.setattr(claims, "seconds_an_image", lambda recipe, params, batch: 1.0 / batch)
     return calls
 
 
@@ -112,5 +112,5 @@ def test_seconds_an_image_are_warm_and_per_image(monkeypatch):
         return {"images": jnp.zeros(3)}
 
     recipe = types.SimpleNamespace(config=BASE, sample=sample)
-    assert claims._seconds_an_image(recipe, {}, 5, repeats=3) == 4.0 / 5
+    assert claims.seconds_an_image(recipe, {}, 5, repeats=3) == 4.0 / 5
     assert seen == [[0, 1, 2, 0, 1]] * 4

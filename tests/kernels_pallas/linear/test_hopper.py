@@ -131,7 +131,7 @@ def test_lowers(decay, dk, dv):
         ({"dtype": jnp.float16}, "dtype float16 is not bfloat16"),
         ({"dk": 96}, "dk=96 is not 64 or 128"),
         ({"dv": 32}, "dv=32 is not 64, 128, 192 or 256"),
-        ({"channel": True}, "it has no decay a channel"),
+        ({"channel": True, "dtype": jnp.float16}, "dtype float16 is not bfloat16"),
         ({"block_size": 4}, "block_size=4"),
         ({"kind": "a100"}, "it needs a Hopper GPU"),
     ],
