@@ -86,3 +86,12 @@ def shared():
     if not path.is_dir():
         pytest.skip(f"{path}: no reference data")
     return path
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For modules that run nothing large: compiling takes longer than running, and less optimisation makes it quicker."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

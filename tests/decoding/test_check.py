@@ -9,7 +9,7 @@ import pytest
 from jaxgen.decoding import KVCache, Out
 from jaxgen.decoding.check import check_step
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
 V, D, B = 7, 8, 3
 
 

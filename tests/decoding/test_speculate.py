@@ -14,7 +14,7 @@ from jaxgen.decoding.speculate import BROKEN, FULL, STOPPED, Sequential, specula
 from jaxgen.decoding.topology import branches, chain, chains
 from jaxgen.decoding.verify import Coupled, KSeq, Rejection
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
 
 V, L, B, STOP = 4, 4, 2048, 2
 TEMPERATURES = (0.7, 1.3)
