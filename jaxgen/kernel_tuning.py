@@ -27,6 +27,7 @@ _GRIDS: dict[tuple[str, str, bool], tuple[str, dict]] = {
     ("linear", "gpu", False): ("linear", {"stages": (2, 3)}),
     ("linear", "tpu", False): ("linear", {"chunk": (64, 128, 256), "heads": (2, 4, 8, 16)}),
     ("linear", "tpu", True): ("linear", {"segment": (2, 4, 8)}),
+    ("delta", "gpu", False): ("gated_delta", {"stages": (2, 3)}),
     ("delta", "tpu", False): ("gated_delta", {"chunk": (32, 64, 128), "rows": (1, 2, 4)}),
     ("decode", "gpu", False): ("decode", {"keys": (64, 128, 256), "stages": (2, 3, 4)}),
     ("decode", "tpu", False): ("decode", {"positions": (256, 512, 1024, 2048)}),

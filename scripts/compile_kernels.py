@@ -142,7 +142,7 @@ def read_record() -> list[dict]:
     """Rows of COMPILED.md."""
     if not RECORD.exists():
         return []
-    lines = [line.strip("| \n").split(" | ") for line in RECORD.read_text().splitlines() if line.startswith("|")]
+    lines = [line.split("|")[1:-1] for line in RECORD.read_text().splitlines() if line.startswith("|")]
     head, _, *body = ([cell.strip() for cell in line] for line in lines)
     return [{name: int(cell) if cell.isdigit() else cell for name, cell in zip(head, row)} for row in body]
 

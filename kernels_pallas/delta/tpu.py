@@ -105,7 +105,7 @@ def _inverse(a: Array) -> Array:
     """(I + a)^-1 of strictly lower triangular a [c, c]: diagonal blocks of doubling size, [[x, 0], [-y a_21 x, y]].
 
     As whole matrices, which the matrix unit takes as they are: with T the inverse of the blocks of one size and a' what
-    couples the two halves of each block of the next, T - T a' T. (Not the Neumann series: see `xla._inverse`.)
+    couples the two halves of each block of the next, T - T a' T. (Not the Neumann series: see `xla.chunk_inverse`.)
     """
     c = a.shape[0]
     i = lax.broadcasted_iota(jnp.int32, (c, c), 0)

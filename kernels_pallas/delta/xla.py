@@ -12,7 +12,7 @@ from kernels_pallas.delta import chunk
 from kernels_pallas.delta.problem import Problem
 from kernels_pallas.device import Device
 
-__all__ = ["backward", "forward", "refuses"]
+__all__ = ["backward", "chunk_inverse", "forward", "refuses"]
 
 Array = jax.Array
 CHUNK, SHORT_CHUNK = 64, 16
@@ -136,10 +136,10 @@ def _inverses(k: Array, v: Array, log_decay: Array, beta: Array) -> Array:
     """T of all chunks at once: they don't depend on the state."""
     del v
     coupling = jax.vmap(_each(lambda k, g, w: chunk.couplings(k, chunk.gates(g, w))))
-    return _inverse(coupling(k, log_decay, beta))
+    return chunk_inverse(coupling(k, log_decay, beta))
 
 
-def _inverse(a: Array) -> Array:
+def chunk_inverse(a: Array) -> Array:
     """(I + a)^-1 of strictly lower triangular a [..., c, c], by halves: [[x, 0], [-y a_21 x, y]].
 
     Its entries are at most beta for keys of unit length, so no step cancels. The Neumann series by doubling, which has fewer
@@ -149,7 +149,7 @@ def _inverse(a: Array) -> Array:
     if c == 2:
         return jnp.eye(2) - a
     m = c // 2
-    x, y = _inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]]))
+    x, y = chunk_inverse(jnp.stack([a[..., :m, :m], a[..., m:, m:]]))
     corner = -jnp.matmul(y, jnp.matmul(a[..., m:, :m], x, precision="highest"), precision="highest")
     return jnp.concatenate(
         [jnp.concatenate([x, jnp.zeros_like(x)], -1), jnp.concatenate([corner, y], -1)],

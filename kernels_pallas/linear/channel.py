@@ -28,7 +28,7 @@ from jax import lax
 
 from kernels_pallas.linear.chunk import Cotangents, positions, product
 
-__all__ = ["Factors", "advance", "backward", "decaying", "forward"]
+__all__ = ["Factors", "advance", "backward", "decaying", "forward", "scores", "times", "tokens"]
 
 Array = jax.Array
 # Rows of a float32 register of a TPU: it turns them at once, and moves whole registers at no cost.
@@ -94,16 +94,16 @@ def _differ(c: int, level: int) -> Array:
     return ((i ^ j) >> level) == 1
 
 
-def _times(x: Array, e: Array, dtype) -> Array:
+def times(x: Array, e: Array, dtype) -> Array:
     return (x.astype(jnp.float32) * e).astype(dtype)
 
 
-def _tokens(q: Array, k: Array, f: Factors) -> list[Array]:
+def tokens(q: Array, k: Array, f: Factors) -> list[Array]:
     """z_l before the decay, in float32."""
     return [_mixed(q.astype(jnp.float32), k.astype(jnp.float32), level) for level in range(len(f.levels))]
 
 
-def _scores(q: Array, k: Array, z: list[Array]) -> Array:
+def scores(q: Array, k: Array, z: list[Array]) -> Array:
     i, j = positions(q.shape[0])
     a = jnp.where(i == j, product(q, k, 1, 1), 0.0)
     for level, x in enumerate(z):
@@ -120,13 +120,13 @@ def advance(k: Array, v: Array, f: Factors, m: Array) -> Array:
       f: factors of the chunk.
       m: before the chunk, [dv, dk] float32.
     """
-    return f.start[-1:] * m + product(v, _times(k, f.end, k.dtype), 0, 0)
+    return f.start[-1:] * m + product(v, times(k, f.end, k.dtype), 0, 0)
 
 
 def forward(q: Array, k: Array, v: Array, f: Factors, m: Array) -> tuple[Array, Array]:
     """Outputs [c, dv] in float32 and `advance`."""
-    z = [_times(x, e, q.dtype) for x, e in zip(_tokens(q, k, f), f.levels)]
-    return product(_scores(q, k, z), v) + product(_times(q, f.start, q.dtype), m, 1, 1), advance(k, v, f, m)
+    z = [times(x, e, q.dtype) for x, e in zip(tokens(q, k, f), f.levels)]
+    return product(scores(q, k, z), v) + product(times(q, f.start, q.dtype), m, 1, 1), advance(k, v, f, m)
 
 
 def backward(q: Array, k: Array, v: Array, f: Factors, m: Array, o_bar: Array, m_bar: Array) -> Cotangents:
@@ -145,15 +145,15 @@ def backward(q: Array, k: Array, v: Array, f: Factors, m: Array, o_bar: Array, m
     """
     c = q.shape[0]
     i, j = positions(c)
-    tokens = _tokens(q, k, f)
-    z = [_times(x, e, q.dtype) for x, e in zip(tokens, f.levels)]
+    rows = tokens(q, k, f)
+    z = [times(x, e, q.dtype) for x, e in zip(rows, f.levels)]
     # Symmetric, so that one product a level serves queries and keys.
     scores_bar = jnp.where(i >= j, product(o_bar, v, 1, 1), product(v, o_bar, 1, 1))
 
     on_diagonal = jnp.where(i == j, scores_bar, 0.0).astype(q.dtype)
     q_bar, k_bar = product(on_diagonal, k), product(on_diagonal, q)
     exponents_bar = []
-    for level, (x, e) in enumerate(zip(tokens, f.levels)):
+    for level, (x, e) in enumerate(zip(rows, f.levels)):
         x_bar = e * product(jnp.where(_differ(c, level), scores_bar, 0.0).astype(q.dtype), z[level])
         q_bar, k_bar = _mixed(q_bar + x_bar, q_bar, level), _mixed(k_bar, k_bar + x_bar, level)
         exponents_bar.append(x * x_bar)
@@ -162,7 +162,7 @@ def backward(q: Array, k: Array, v: Array, f: Factors, m: Array, o_bar: Array, m
     return Cotangents(
         q=q_bar + q_read,
         k=k_bar + k_write,
-        v=product(_scores(q, k, z), o_bar, 0, 0) + product(_times(k, f.end, k.dtype), m_bar, 1, 1),
+        v=product(scores(q, k, z), o_bar, 0, 0) + product(times(k, f.end, k.dtype), m_bar, 1, 1),
         log_decay=log_decay_bar + f.start[-1:] * jnp.sum(m * m_bar, axis=0, keepdims=True),
-        m=f.start[-1:] * m_bar + product(o_bar, _times(q, f.start, q.dtype), 0, 0),
+        m=f.start[-1:] * m_bar + product(o_bar, times(q, f.start, q.dtype), 0, 0),
     )
