@@ -93,7 +93,6 @@ def _random(key, x):
 
 def _gradients(fn):
     def loss(floats, rest, where):
-        args = [None] * len(where)
         floats, rest = iter(floats), iter(rest)
         args = [next(floats) if is_float else next(rest) for is_float in where]
         return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(fn(*args)))

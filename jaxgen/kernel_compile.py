@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 
+from jaxgen.benchmark import topology_devices
+
 __all__ = ["TARGETS", "Report", "Target", "compile_case", "device_sharding", "environment", "packages"]
 
 # What XLA must know of an H100 to compile for it; figures from NVIDIA's data sheet and deviceQuery.
@@ -105,9 +107,12 @@ def device_sharding(target: Target) -> jax.sharding.Sharding:
     """Where the arguments of a program for `target` lie: its first device."""
     from jax.experimental import topologies
 
-    options = {} if target.platform == "tpu" else {"target_config": _H100, "topology": "1x1x1"}
-    topology = topologies.get_topology_desc(platform=target.platform, topology_name=target.topology, **options)
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    if target.platform == "tpu":
+        devices = topology_devices(target.topology)
+    else:
+        options = {"target_config": _H100, "topology": "1x1x1"}
+        devices = topologies.get_topology_desc(platform=target.platform, topology_name="", **options).devices
+    return jax.sharding.SingleDeviceSharding(devices[0])
 
 
 def compile_case(fn, args, target: Target, placed: jax.sharding.Sharding, dump: Path | str) -> tuple[list[Report], dict]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kernels_pallas.device import Device, current_device
+from kernels_pallas.lifting import lift
 
 __all__ = ["Choice", "Implementation", "choose", "explain"]
 
@@ -23,16 +25,23 @@ class Implementation:
         one ("kernels_pallas.attention.split:CUDNN"). It has `refuses(problem, device) -> why it cannot compute this
         problem there, or None`; the op knows its other functions.
       platforms: those it can run on; elsewhere it refuses without being imported.
+      opaque: XLA does not see through it, so that `vmap` and meshes need `lift`.
     """
 
     name: str
     where: str
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    opaque: bool = False
 
     @property
     def backend(self) -> Any:
         """The module or object itself."""
         return pkgutil.resolve_name(self.where)
+
+    def function(self, name: str, axes: str, device: Device, **static) -> Callable:
+        """The backend's function `name` with static arguments and the device, lifted along `axes` where that is needed."""
+        fn = functools.partial(getattr(self.backend, name), device=device, **static)
+        return lift(fn, axes, device) if self.opaque else fn
 
     def refuses(self, problem: Any, device: Device) -> str | None:
         """Why it cannot compute `problem` on `device`, or None."""

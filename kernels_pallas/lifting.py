@@ -22,7 +22,7 @@ def lift(fn: Callable, axes: str, device: Device) -> Callable:
       fn: a function of arrays to an array or a tuple of arrays; None arguments are passed on.
       axes: a word an array, arguments and results: "bshd bsgd b -> bshd bsh". In it, `b` is the batch, along which `fn` is
         independent; `h`, `g` and `n` are heads or columns, along which it is too as long as all of them are split alike; other
-        letters are anything else. "_" is an argument that is None.
+        letters are anything else. "_" is an argument or a result that is None.
       device: that `fn` was built for.
 
     Returns:
@@ -42,9 +42,12 @@ def lift(fn: Callable, axes: str, device: Device) -> Callable:
             for i, x in zip(live, arrays):
                 full[i] = x
             out = fn(*full)
-            return out if isinstance(out, tuple) else (out,)
+            out = out if isinstance(out, tuple) else (out,)
+            return tuple(x for x, word in zip(out, words_out, strict=True) if word != "_")
 
-        out = _vmapped(_sharded(dense, words, words_out, device.partition), words)(*(args[i] for i in live))
+        made = [word for word in words_out if word != "_"]
+        out = iter(_vmapped(_sharded(dense, words, made, device.partition), words)(*(args[i] for i in live)))
+        out = tuple(None if word == "_" else next(out) for word in words_out)
         return out if len(words_out) > 1 else out[0]
 
     return call

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.device import Device
 
-__all__ = ["can_interpret", "kernel", "load"]
+__all__ = ["can_interpret", "kernel", "load", "refuses"]
 
 _VERSION = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
@@ -23,6 +23,15 @@ def load(ref):
 def can_interpret() -> bool:
     """Whether this jax interprets warp-specialised kernels on a CPU."""
     return _VERSION >= (0, 11)
+
+
+def refuses(device: Device) -> str | None:
+    """Why no kernel for Hopper can run on `device`, or None."""
+    if not device.hopper:
+        return "it needs a Hopper GPU (H100, H200)"
+    if device.interpret and not can_interpret():
+        return f"jax {jax.__version__} cannot interpret Mosaic GPU kernels; 0.11 can"
+    return None
 
 
 def kernel(

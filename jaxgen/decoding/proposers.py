@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen.decoding.noise import DRAFT, TARGET, gumbel
-from jaxgen.decoding.speculate import Context, Proposal
+from jaxgen.decoding.speculate import Context, Proposal, paths_of, prefill
 from jaxgen.decoding.step import StepFn, View
 from jaxgen.decoding.topology import Topology, chain
 
@@ -54,12 +54,7 @@ class DraftModel:
             raise ValueError("coupled=True: siblings that share the target's noise are equal; set replacement=False")
 
     def start(self, seq, key, vocab):
-        q = self.prompt.shape[1] - 1
-        cache = self.cache.commit(jnp.zeros(seq.length.shape, jnp.int32))
-        if q:
-            pos = jnp.broadcast_to(jnp.arange(q), (self.prompt.shape[0], q))
-            view = View(self.prompt[:, :q], pos, jnp.tril(jnp.ones((q, q), bool)))
-            cache = self.step(self.params, cache, view, self.cond)[1].commit(seq.length - 1)
+        cache = prefill(self.step, self.params, self.cache, self.cond, self.prompt, seq.length)
         return _Draft(cache, jnp.ones(seq.length.shape, jnp.int32))
 
     def propose(self, state, seq, transform, key):
@@ -74,15 +69,12 @@ class DraftModel:
         certain = cache = cache.commit(state.behind)
         nodes = jnp.zeros((b, topology.drafts + 1), jnp.int32).at[:, 0].set(seq.tokens[rows[:, 0], root])
         laws = jnp.zeros((b, topology.drafts + 1, logits.shape[-1]))
-        for d, level in enumerate(((0,), *topology.levels)):
-            if d == len(topology.levels):
-                break
+        for d, level in enumerate(((0,), *topology.levels)[:-1]):
             if d:
                 logits, cache = self._read(cache, nodes, root, level, d)
             at = jnp.broadcast_to((root + d + 1)[:, None], (b, len(level)))
-            paths = jnp.asarray(topology.paths)[jnp.asarray(level)]
-            path = jnp.where(paths >= 0, nodes[:, jnp.maximum(paths, 0)], -1)
-            log_q = jax.nn.log_softmax(transform(logits, Context(seq, path, at)), axis=-1)
+            context = Context(seq, paths_of(nodes, topology.paths[list(level)]), at)
+            log_q = jax.nn.log_softmax(transform(logits, context), axis=-1)
             nodes, laws = self._children(level, log_q, nodes, laws, seq.rows, root + d + 1, key)
         return Proposal(nodes[:, 1:], laws[:, 1:]), state._replace(cache=cache.restore(certain))
 

@@ -24,6 +24,8 @@ __all__ = [
     "Result",
     "Sequential",
     "Sequences",
+    "paths_of",
+    "prefill",
     "speculate",
 ]
 
@@ -198,7 +200,7 @@ def speculate(
     # Room for a whole round behind the end, so that writes never need a bound.
     buffer = jnp.zeros((b, max_length + width), jnp.int32).at[:, :p].set(prompt)
     seq = Sequences(buffer, length, rows)
-    cache = _prefill(step, params, cache, cond, prompt, length)
+    cache = prefill(step, params, cache, cond, prompt, length)
     depth, ancestors = jnp.asarray(topology.depth), jnp.asarray(topology.ancestors)
 
     def round_(carry: _Carry) -> _Carry:
@@ -208,7 +210,7 @@ def speculate(
         nodes = jnp.concatenate([root, proposal.tokens], axis=1)
         inputs = seq.length[:, None] - 1 + depth
         out, cache = step(params, carry.cache, View(nodes, inputs, ancestors), cond)
-        logits = transform(out.params, Context(seq, _paths(nodes, topology), inputs + 1))
+        logits = transform(out.params, Context(seq, paths_of(nodes, topology.paths), inputs + 1))
         log_p = jax.nn.log_softmax(logits, axis=-1)
         verdict = verify(
             rule, topology, log_p, proposal.tokens, proposal.log_q, proposal.valid, key=key, rows=rows, pos=seq.length
@@ -243,8 +245,8 @@ def speculate(
     return Result(tokens, done.seq.length, done.status, done.calls, done.row_calls)
 
 
-def _prefill(step, params, cache, cond, prompt, length):
-    """Reads all but the last token of each prompt, which is the first round's root."""
+def prefill(step: StepFn, params: PyTree, cache: PyTree, cond: PyTree, prompt: Int[Array, "b p"], length: Int[Array, "b"]):
+    """The cache after all but the last token of each prompt, which is the first round's root."""
     q = prompt.shape[1] - 1
     cache = cache.commit(jnp.zeros(length.shape, jnp.int32))  # a length a row from here on
     if q:
@@ -259,9 +261,9 @@ def _vocabulary(step, params, cache, cond, b: int) -> int:
     return out.params.shape[-1]
 
 
-def _paths(nodes: Int[Array, "b m"], topology: Topology) -> Int[Array, "b m d"]:
-    """The tokens on the way to each node."""
-    paths = jnp.asarray(topology.paths)
+def paths_of(nodes: Int[Array, "b n"], paths: Int[Array, "m d"]) -> Int[Array, "b m d"]:
+    """The tokens of `nodes` on the way to each of some nodes, -1 where `paths` (rows of `Topology.paths`) has ended."""
+    paths = jnp.asarray(paths)
     return jnp.where(paths >= 0, nodes[:, jnp.maximum(paths, 0)], -1)
 
 

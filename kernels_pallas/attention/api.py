@@ -14,23 +14,20 @@ from kernels_pallas.attention.problem import Problem
 from kernels_pallas.block_mask import BlockMask
 from kernels_pallas.device import Device
 from kernels_pallas.dispatch import Implementation, choose
-from kernels_pallas.lifting import lift
 
 __all__ = ["IMPLEMENTATIONS", "block_sparse_attention"]
 
 OP = "block_sparse_attention"
 _HERE = "kernels_pallas.attention"
 IMPLEMENTATIONS = (
-    Implementation("hopper", f"{_HERE}.hopper", ("gpu",)),
-    Implementation("tpu", f"{_HERE}.tpu", ("tpu",)),
-    Implementation("splash", f"{_HERE}.splash", ("tpu",)),
-    Implementation("cudnn", f"{_HERE}.cudnn", ("gpu",)),
+    Implementation("hopper", f"{_HERE}.hopper", ("gpu",), opaque=True),
+    Implementation("tpu", f"{_HERE}.tpu", ("tpu",), opaque=True),
+    Implementation("splash", f"{_HERE}.splash", ("tpu",), opaque=True),
+    Implementation("cudnn", f"{_HERE}.cudnn", ("gpu",), opaque=True),
     Implementation("split", f"{_HERE}.split"),
     Implementation("xla", f"{_HERE}.xla"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
-# XLA sees through these by itself.
-_PLAIN = ("split", "xla")
 
 
 def block_sparse_attention(
@@ -80,10 +77,7 @@ def block_sparse_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _attention(q, k, v, mask: BlockMask, scale: float, chosen: Implementation, device: Device):
-    fn = functools.partial(chosen.backend.forward, mask=mask, scale=scale, device=device)
-    if chosen.name not in _PLAIN:
-        fn = lift(fn, "bshd btgd btgd -> bshd bsh", device)
-    return fn(q, k, v)
+    return chosen.function("forward", "bshd btgd btgd -> bshd bsh", device, mask=mask, scale=scale)(q, k, v)
 
 
 def _forward(q, k, v, mask, scale, chosen, device):
@@ -98,10 +92,8 @@ def _backward(mask, scale, chosen, device, residuals, cotangents):
     # no gradient, whatever a caller's arithmetic with -inf made of dlse.
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
     delta = jnp.where(lse == -jnp.inf, 0.0, delta)
-    fn = functools.partial(chosen.backend.backward, mask=mask, scale=scale, device=device)
-    if chosen.name not in _PLAIN:
-        fn = lift(fn, "bshd btgd btgd bsh bshd bsh -> bshd btgd btgd", device)
-    return fn(q, k, v, lse, do, delta)
+    axes = "bshd btgd btgd bsh bshd bsh -> bshd btgd btgd"
+    return chosen.function("backward", axes, device, mask=mask, scale=scale)(q, k, v, lse, do, delta)
 
 
 _attention.defvjp(_forward, _backward)

@@ -50,10 +50,8 @@ def shared_memory(problem: Problem, blocks: Blocks) -> int:
 
 def refuses(problem: Problem, device: Device) -> str | None:
     """Why these kernels cannot compute `problem` on `device`, or None."""
-    if not device.hopper:
-        return "it needs a Hopper GPU (H100, H200)"
-    if device.interpret and not mosaic_gpu.can_interpret():
-        return f"jax {jax.__version__} cannot interpret Mosaic GPU kernels; 0.11 can"
+    if (reason := mosaic_gpu.refuses(device)) is not None:
+        return reason
     if problem.dtype not in ("bfloat16", "float16"):
         return f"q, k and v must be bfloat16 or float16, which its tensor cores multiply, not {problem.dtype}"
     if problem.head_size not in (32, 64, 96, 128):

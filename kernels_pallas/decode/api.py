@@ -16,20 +16,17 @@ from kernels_pallas.decode.problem import Problem
 from kernels_pallas.decode.tree import ancestor_attention
 from kernels_pallas.device import Device
 from kernels_pallas.dispatch import Implementation, choose
-from kernels_pallas.lifting import lift
 
 __all__ = ["IMPLEMENTATIONS", "decode_attention", "tree_attention"]
 
 _HERE = "kernels_pallas.decode"
 IMPLEMENTATIONS = (
-    Implementation("hopper", f"{_HERE}.hopper", ("gpu",)),
-    Implementation("tpu", f"{_HERE}.tpu", ("tpu",)),
+    Implementation("hopper", f"{_HERE}.hopper", ("gpu",), opaque=True),
+    Implementation("tpu", f"{_HERE}.tpu", ("tpu",), opaque=True),
     Implementation("cudnn", f"{_HERE}.cudnn", ("gpu",)),
     Implementation("xla", f"{_HERE}.xla"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
-# Through XLA's own operations vmap and the partitioner see by themselves.
-_LIFTED = ("hopper", "tpu")
 
 
 def decode_attention(
@@ -152,10 +149,7 @@ def _attend_to_cache(op, q, k_cache, v_cache, lengths, scale, implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _attend(q, k_cache, v_cache, lengths, problem: Problem, chosen: Implementation, device: Device):
-    fn = functools.partial(chosen.backend.forward, problem=problem, device=device)
-    if chosen.name in _LIFTED:
-        fn = lift(fn, "bgtd bsgd bsgd b -> bgtd bgt", device)
-    return fn(q, k_cache, v_cache, lengths)
+    return chosen.function("forward", "bgtd bsgd bsgd b -> bgtd bgt", device, problem=problem)(q, k_cache, v_cache, lengths)
 
 
 def _attend_forward(q, k_cache, v_cache, lengths, problem, chosen, device):

@@ -71,10 +71,8 @@ def parts_of(work: int, steps: int, multiprocessors: int) -> int:
 
 def refuses(problem: Problem, device: Device) -> str | None:
     """Why the kernel cannot compute `problem` on `device`, or None."""
-    if not device.hopper:
-        return "it needs a Hopper GPU (H100, H200)"
-    if device.interpret and not mosaic_gpu.can_interpret():
-        return f"jax {jax.__version__} cannot interpret Mosaic GPU kernels; 0.11 can"
+    if (reason := mosaic_gpu.refuses(device)) is not None:
+        return reason
     if problem.dtype not in ("bfloat16", "float16"):
         return f"dtype {problem.dtype} is not bfloat16 or float16, the types of its products"
     if problem.head_size not in (64, 128):

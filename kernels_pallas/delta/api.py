@@ -12,14 +12,13 @@ from jaxtyping import Array, Float
 from kernels_pallas.delta.problem import Problem
 from kernels_pallas.device import Device
 from kernels_pallas.dispatch import Implementation, choose
-from kernels_pallas.lifting import lift
 from kernels_pallas.linear.problem import FLOOR
 
 __all__ = ["gated_delta", "gated_delta_step"]
 
 IMPLEMENTATIONS = (
-    Implementation("tpu", "kernels_pallas.delta.tpu", ("tpu",)),
-    Implementation("hopper", "kernels_pallas.delta.hopper", ("gpu",)),
+    Implementation("tpu", "kernels_pallas.delta.tpu", ("tpu",), opaque=True),
+    Implementation("hopper", "kernels_pallas.delta.hopper", ("gpu",), opaque=True),
     Implementation("xla", "kernels_pallas.delta.xla"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -127,8 +126,7 @@ class _Call:
 
     def __call__(self, name: str, axes: str, *arrays):
         """The implementation's function `name`, lifted where XLA does not see through it."""
-        fn = functools.partial(getattr(self.implementation.backend, name), problem=self.problem, device=self.device)
-        return (fn if self.implementation.name == "xla" else lift(fn, axes, self.device))(*arrays)
+        return self.implementation.function(name, axes, self.device, problem=self.problem)(*arrays)
 
 
 _INPUTS, _OUTPUTS = "bthk bthk bthv bth bth bhkv", "bthv bhkv"

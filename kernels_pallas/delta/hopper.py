@@ -60,10 +60,8 @@ def static_choice(problem: Problem, device: Device) -> Blocks:
 
 def refuses(problem: Problem, device: Device) -> str | None:
     """Why these kernels cannot compute `problem` on `device`, or None."""
-    if not device.hopper:
-        return "it needs a Hopper GPU (H100, H200)"
-    if device.interpret and not mosaic_gpu.can_interpret():
-        return f"jax {jax.__version__} cannot interpret Mosaic GPU kernels; 0.11 can"
+    if (reason := mosaic_gpu.refuses(device)) is not None:
+        return reason
     if problem.dtype != "bfloat16":
         return f"dtype {problem.dtype} is not bfloat16, whose products are fast and whose range is the state's"
     for name, size in (("dk", problem.key_size), ("dv", problem.value_size)):

@@ -23,13 +23,12 @@ from kernels_pallas.dispatch import Implementation, choose
 from kernels_pallas.int4 import xla
 from kernels_pallas.int4.pack import PackedInt4
 from kernels_pallas.int4.problem import Problem
-from kernels_pallas.lifting import lift
 
 __all__ = ["IMPLEMENTATIONS", "int4_matmul"]
 
 IMPLEMENTATIONS = (
-    Implementation("tpu", "kernels_pallas.int4.tpu", ("tpu",)),
-    Implementation("hopper", "kernels_pallas.int4.hopper", ("gpu",)),
+    Implementation("tpu", "kernels_pallas.int4.tpu", ("tpu",), opaque=True),
+    Implementation("hopper", "kernels_pallas.int4.hopper", ("gpu",), opaque=True),
     Implementation("xla", "kernels_pallas.int4.xla"),
 )
 _AXES = {"kn": "bk wn cn -> bn", "nk": "bk nw cn -> bn"}
@@ -90,9 +89,7 @@ class _Call:
 
     def forward(self, x, words, scales):
         """The picked implementation's, lifted where XLA does not see through it."""
-        fn = functools.partial(self.implementation.backend.forward, problem=self.problem, device=self.device)
-        if self.implementation.name != "xla":
-            fn = lift(fn, _AXES[self.problem.layout], self.device)
+        fn = self.implementation.function("forward", _AXES[self.problem.layout], self.device, problem=self.problem)
         return fn(x, words, scales)
 
 

@@ -21,7 +21,7 @@ from kernels_pallas import mosaic_gpu
 from kernels_pallas.device import Device
 from kernels_pallas.int4.pack import ROW_MULTIPLE
 from kernels_pallas.int4.pieces import pieces
-from kernels_pallas.int4.problem import Problem
+from kernels_pallas.int4.problem import Problem, power
 from kernels_pallas.tuning import tuned
 
 __all__ = ["Blocks", "forward", "refuses", "static_choice"]
@@ -54,24 +54,17 @@ class Blocks:
 def static_choice(problem: Problem, device: Device) -> Blocks:
     """A block a multiprocessor, with as many bytes in flight as its shared memory holds."""
     rows = problem.m * (3 if problem.dtype == "float32" else 1)
-    m = min(128, max(8, _power(rows)))
+    m = min(128, max(8, power(rows)))
     k, warpgroups = 512 if m <= 32 else 256, 2
     stage = 2 * m * k + warpgroups * _WG * k // 2  # bytes of x and of words
     blocks = Blocks(m=m, k=k, warpgroups=warpgroups, stages=_PIPELINE // stage, blocks=_MULTIPROCESSORS)
-    return tuned(blocks, "int4", device, dtype=problem.dtype, head_size=_power(problem.n), length=problem.m)
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
+    return tuned(blocks, "int4", device, **problem.bucket)
 
 
 def refuses(problem: Problem, device: Device) -> str | None:
     """Why this kernel cannot compute `problem` on `device`."""
-    if not device.hopper:
-        return "it is for Hopper (sm_90)"
-    if device.interpret and not mosaic_gpu.can_interpret():
-        return f"jax {jax.__version__} does not interpret it"
+    if (reason := mosaic_gpu.refuses(device)) is not None:
+        return reason
     if problem.layout != "nk":
         return f"words have layout {problem.layout!r}; relayout(packed, 'nk')"
     if problem.tile < 32:
@@ -94,7 +87,7 @@ def forward(x, words, scales, *, problem: Problem, device: Device):
     (m, k), n, tile = x.shape, words.shape[0], problem.tile
     parts = pieces(x) if x.dtype == jnp.float32 else x[None]
     rows = parts.reshape(-1, k)
-    bm = min(blocks.m, max(8, _power(len(rows))))
+    bm = min(blocks.m, max(8, power(len(rows))))
     rows = jnp.pad(rows, ((0, -len(rows) % bm), (0, 0)))
     # The halves of a word are even and odd rows of w: x's columns follow, even ones first in every tile.
     rows = jnp.swapaxes(rows.reshape(len(rows), -1, tile // 2, 2), 2, 3).reshape(rows.shape)

@@ -6,7 +6,12 @@ import dataclasses
 
 from kernels_pallas.int4.pack import nests
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "power"]
+
+
+def power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,11 @@ class Problem:
     layout: str
     dtype: str
     scale_dtype: str
+
+    @property
+    def bucket(self) -> dict:
+        """What `kernels_pallas.tuning.tuned` compares: columns stand for head sizes, rows of x for lengths."""
+        return {"dtype": self.dtype, "head_size": power(self.n), "length": self.m}
 
     @property
     def block(self) -> int:

@@ -48,7 +48,7 @@ class Blocks:
 def static_choice(problem: Problem, device: Device) -> Blocks:
     """The fewest bundles of compiled v5e schedules at k = n = 8192."""
     blocks = Blocks(m=64, n=512, k=2048) if problem.m <= 64 else Blocks(m=256, n=512, k=1024)
-    return tuned(blocks, "int4", device, dtype=problem.dtype, head_size=_power(problem.n), length=problem.m)
+    return tuned(blocks, "int4", device, **problem.bucket)
 
 
 def refuses(problem: Problem, device: Device) -> str | None:
@@ -127,7 +127,3 @@ def _unpack(words, j: int):
     shift = 4 * j - 3
     moved = words << 3 if j == 0 else lax.shift_right_logical(words, jnp.full_like(words, shift))
     return pltpu.bitcast((moved & _MASK) | _SIXTEEN, jnp.bfloat16)
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -25,15 +25,14 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.device import Device
 from kernels_pallas.dispatch import Implementation, choose
-from kernels_pallas.lifting import lift
 from kernels_pallas.linear import xla
 from kernels_pallas.linear.problem import FLOOR, Problem
 
 __all__ = ["IMPLEMENTATIONS", "linear_attention", "linear_attention_step"]
 
 IMPLEMENTATIONS = (
-    Implementation("tpu", "kernels_pallas.linear.tpu", ("tpu",)),
-    Implementation("hopper", "kernels_pallas.linear.hopper", ("gpu",)),
+    Implementation("tpu", "kernels_pallas.linear.tpu", ("tpu",), opaque=True),
+    Implementation("hopper", "kernels_pallas.linear.hopper", ("gpu",), opaque=True),
     Implementation("xla", "kernels_pallas.linear.xla"),
 )
 _DECAY_AXES = {"none": "_", "scalar": "bth", "channel": "bthk"}
@@ -173,40 +172,27 @@ class _Call:
     device: Device
     implementation: Implementation
 
-    def forward(self, *inputs):
-        """The picked implementation's, lifted where XLA does not see through it."""
-        return self._lifted("forward", f"{self._inputs} -> bthv bhkv")(*inputs)
-
-    def backward(self, *inputs):
-        """Likewise; with None for log_decay's cotangent where there is no decay."""
-        if self.problem.decay != "none":
-            return self._lifted("backward", f"{self._inputs} bthv bhkv -> {self._inputs}")(*inputs)
-        q, k, v, state = self._lifted("backward", f"{self._inputs} bthv bhkv -> bthk bthk bthv bhkv")(*inputs)
-        return q, k, v, None, state
-
     @property
-    def _inputs(self) -> str:
+    def inputs(self) -> str:
+        """Axes of q, k, v, log_decay and state."""
         return f"bthk bthk bthv {_DECAY_AXES[self.problem.decay]} bhkv"
 
-    def _lifted(self, name: str, axes: str):
-        def fn(*arrays):
-            out = getattr(self.implementation.backend, name)(*arrays, problem=self.problem, device=self.device)
-            return tuple(x for x in out if x is not None)
-
-        return fn if self.implementation.name == "xla" else lift(fn, axes, self.device)
+    def __call__(self, name: str, axes: str, *arrays):
+        """The picked implementation's function `name`."""
+        return self.implementation.function(name, axes, self.device, problem=self.problem)(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: _Call, q, k, v, log_decay, state):
-    return call.forward(q, k, v, log_decay, state)
+    return call("forward", f"{call.inputs} -> bthv bhkv", q, k, v, log_decay, state)
 
 
 def _attend_forward(call, *inputs):
-    return call.forward(*inputs), inputs
+    return _attend(call, *inputs), inputs
 
 
 def _attend_backward(call, inputs, cotangents):
-    return call.backward(*inputs, *cotangents)
+    return call("backward", f"{call.inputs} bthv bhkv -> {call.inputs}", *inputs, *cotangents)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -30,10 +30,8 @@ Array = jax.Array
 
 def refuses(problem: Problem, device: Device) -> str | None:
     """Why these kernels cannot compute `problem` on `device`, or None."""
-    if not device.hopper:
-        return "it needs a Hopper GPU (H100, H200)"
-    if device.interpret and not mosaic_gpu.can_interpret():
-        return f"jax {jax.__version__} cannot interpret Mosaic GPU kernels; 0.11 can"
+    if (reason := mosaic_gpu.refuses(device)) is not None:
+        return reason
     if not problem.causal:
         return f"block_size={problem.block_size}: blocks that see themselves are bound by bytes, and XLA does them in one pass"
     if problem.dtype != "bfloat16":

@@ -33,12 +33,8 @@ TRACED = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
+def all_compile_quickly(quick_compiles):
     """Nothing here is large, so that compiling takes longer than running."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,17 +1,12 @@
 """What the tests of 4-bit products share: quick compiles, and decoding of words bit by bit, as their documentation says."""
 
-import jax
 import numpy as np
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
+def all_compile_quickly(quick_compiles):
     """Interpreted kernels are large programs that run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_the_choice_and_its_reasons():
     assert name == "xla" and "relayout(packed, 'nk')" in why["hopper"]
     assert chosen("h100", relayout(w, "nk"))[0] == "hopper"
     assert "relayout(packed, 'kn')" in chosen("v5e", relayout(w, "nk"))[1]["tpu"]
-    assert "sm_90" in chosen("a100", relayout(w, "nk"))[1]["hopper"]
+    assert "Hopper" in chosen("a100", relayout(w, "nk"))[1]["hopper"]
     x, small = inputs(2, 72, 8, 72, "bfloat16")
     for kind, layout, name in (("v5e", "kn", "tpu"), ("h100", "nk", "hopper")):
         name_chosen, why = chosen(kind, relayout(small, layout))
