@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-__all__ = ["ACCEPT", "DRAFT", "REPARAMETERISED", "TARGET", "gumbel", "uniform"]
+__all__ = ["ACCEPT", "DRAFT", "Noise", "REPARAMETERISED", "TARGET", "gumbel", "uniform"]
 
 # Streams: independent noise at one place. Drafts of node i use DRAFT + i, so that DRAFT is the last.
 TARGET, REPARAMETERISED, ACCEPT, DRAFT = 0, 1, 2, 8
+
+
+class Noise(Protocol):
+    """`(key, rows, pos, vocab) -> [b, q, v]`, standard Gumbel noise of each (row, position); `gumbel` is one."""
+
+    def __call__(
+        self, key: Key[Array, ""], rows: Int[Array, "b"], pos: Int[Array, "b q"], vocab: int, /
+    ) -> Float[Array, "b q v"]: ...
 
 
 def gumbel(

@@ -53,8 +53,8 @@ class DraftModel:
         if self.coupled and self.replacement:
             raise ValueError("coupled=True: siblings that share the target's noise are equal; set replacement=False")
 
-    def start(self, seq, key, vocab):
-        cache = prefill(self.step, self.params, self.cache, self.cond, self.prompt, seq.length)
+    def start(self, seq, key, vocab, out):
+        cache, _ = prefill(self.step, self.params, self.cache, self.cond, self.prompt, seq.length)
         return _Draft(cache, jnp.ones(seq.length.shape, jnp.int32))
 
     def propose(self, state, seq, transform, key):
@@ -140,7 +140,7 @@ class NGram:
         """A chain."""
         return chain(self.length)
 
-    def start(self, seq, key, vocab):
+    def start(self, seq, key, vocab, out):
         return ()
 
     def propose(self, state, seq, transform, key):
@@ -191,7 +191,7 @@ class Jacobi:
         """A chain."""
         return chain(self.length)
 
-    def start(self, seq, key, vocab):
+    def start(self, seq, key, vocab, out):
         b = seq.length.shape[0]
         uniform = jnp.full((b, self.length, vocab), -jnp.log(vocab))
         return _Window(self._draw(uniform, seq, key), uniform, key)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxgen.decoding.noise import Noise, gumbel
 from jaxgen.decoding.step import Out, StepFn, View
-from jaxgen.decoding.topology import Topology
+from jaxgen.decoding.topology import RuntimeTree, Topology
 from jaxgen.decoding.verify import Rule, Verdict, verify
 
 __all__ = [
@@ -73,11 +74,13 @@ class Proposal(NamedTuple):
       tokens: one a node of the topology, the root left out.
       log_q: the law that each was drawn from, given the siblings before it; None if they were chosen, not drawn.
       valid: which of them exist; None is all.
+      parents: of each draft (0 is the root, drafts count from 1), if the proposer's topology is a `RuntimeTree`.
     """
 
     tokens: Int[Array, "b n"]
     log_q: Float[Array, "b n v"] | None = None
     valid: Bool[Array, "b n"] | None = None
+    parents: Int[Array, "b n"] | None = None
 
 
 class Proposer(Protocol):
@@ -87,16 +90,20 @@ class Proposer(Protocol):
       topology: of its drafts.
     """
 
-    topology: Topology
+    topology: Topology | RuntimeTree
 
-    def start(self, seq: Sequences, key: Key[Array, ""], vocab: int) -> PyTree:
-        """The state after the prompt."""
+    def start(self, seq: Sequences, key: Key[Array, ""], vocab: int, out: Out | None) -> PyTree:
+        """The state after the prompt; `out` is what the target said of all its tokens but the last, None if it has just one."""
 
     def propose(self, state: PyTree, seq: Sequences, transform: Transform, key: Key[Array, ""]) -> tuple[Proposal, PyTree]:
         """Drafts what may follow."""
 
     def update(self, state: PyTree, seq: Sequences, verdict: Verdict, taken: Int[Array, "b"], log_p, out: Out) -> PyTree:
-        """The state after the target has spoken: `seq` has the new tokens, `taken` of them a row."""
+        """The state after the target has spoken.
+
+        `seq` has the new tokens, `taken` of them a row: 0 where a row has stopped; `verdict.path` are the nodes they come
+        from. `log_p` are the laws after all nodes, `out` is what the target said of all positions of the query.
+        """
 
 
 class Sequential:
@@ -104,7 +111,7 @@ class Sequential:
 
     topology = Topology()
 
-    def start(self, seq, key, vocab):
+    def start(self, seq, key, vocab, out):
         return ()
 
     def propose(self, state, seq, transform, key):
@@ -157,6 +164,7 @@ def speculate(
     transform: Transform = lambda logits, context: logits.astype(jnp.float32),
     stop: tuple[int, ...] = (),
     rows: Int[Array, "b"] | None = None,
+    noise: Noise = gumbel,
     pad: int = 0,
 ) -> Result:
     """Samples until every row has stopped.
@@ -171,7 +179,7 @@ def speculate(
       proposer: drafts; `Sequential()` for plain sampling.
       rule: which drafts stay. With `Coupled` the tokens are those of plain sampling with the same key.
       params: passed to `step`.
-      cache: empty, with room for `max_length` + drafts positions.
+      cache: empty, with room for `max_length` + `topology.queries` - 1 positions.
       cond: passed to `step`.
       prompt: at least one token a row, left-aligned.
       prompt_length: of each row; None is p for all.
@@ -181,18 +189,22 @@ def speculate(
       transform: logits to the logits that are sampled from, such as temperature and top-p.
       stop: tokens that end a row.
       rows: the number of each request; None is 0..b-1.
+      noise: that the target's tokens come from, see `jaxgen.decoding.noise.Noise`.
       pad: fills what lies behind a row's end.
 
     Raises:
-      ValueError: a prompt without tokens or longer than `max_length`, or a cache without room for the drafts.
+      ValueError: a prompt without tokens or longer than `max_length`, a cache without room for the drafts, or drafts from laws
+        over another vocabulary than the target's.
     """
     b, p = prompt.shape
     topology = proposer.topology
     if p < 1 or p > max_length:
         raise ValueError(f"prompt {prompt.shape}: expected 1 to max_length={max_length} tokens")
-    need, room = max_length + topology.drafts, getattr(cache, "capacity", None)
+    need, room = max_length + topology.queries - 1, getattr(cache, "capacity", None)
     if room is not None and room < need:
-        raise ValueError(f"the cache holds {room} positions; max_length={max_length} and {topology.drafts} drafts need {need}")
+        raise ValueError(
+            f"the cache holds {room} positions; max_length={max_length} and queries of {topology.queries} need {need}"
+        )
     width = len(topology.levels) + 1
     length = jnp.full((b,), p, jnp.int32) if prompt_length is None else jnp.asarray(prompt_length, jnp.int32)
     limit = jnp.full((b,), max_length, jnp.int32) if limit is None else jnp.minimum(limit, max_length)
@@ -200,20 +212,32 @@ def speculate(
     # Room for a whole round behind the end, so that writes never need a bound.
     buffer = jnp.zeros((b, max_length + width), jnp.int32).at[:, :p].set(prompt)
     seq = Sequences(buffer, length, rows)
-    cache = prefill(step, params, cache, cond, prompt, length)
-    depth, ancestors = jnp.asarray(topology.depth), jnp.asarray(topology.ancestors)
+    cache, out = prefill(step, params, cache, cond, prompt, length)
+    vocab = _vocabulary(step, params, cache, cond, b)
+    probes = jnp.tile(jnp.array(topology.probes, jnp.int32), (b, topology.drafts + 1))
 
     def round_(carry: _Carry) -> _Carry:
         seq = carry.seq
         proposal, state = proposer.propose(carry.state, seq, transform, key)
         root = jnp.take_along_axis(seq.tokens, seq.length[:, None] - 1, axis=1)
-        nodes = jnp.concatenate([root, proposal.tokens], axis=1)
-        inputs = seq.length[:, None] - 1 + depth
-        out, cache = step(params, carry.cache, View(nodes, inputs, ancestors), cond)
-        logits = transform(out.params, Context(seq, paths_of(nodes, topology.paths), inputs + 1))
+        _check_vocabulary(proposal, vocab)
+        nodes, shape = jnp.concatenate([root, proposal.tokens], axis=1), topology.shape(proposal.parents, b)
+        count, at = nodes.shape[1], seq.length[:, None] - 1 + shape.depth
+        out, cache = step(params, carry.cache, View(jnp.concatenate([nodes, probes], axis=1), at, shape.mask), cond)
+        logits = transform(out.params[:, :count], Context(seq, paths_of(nodes, shape.paths), at[:, :count] + 1))
         log_p = jax.nn.log_softmax(logits, axis=-1)
         verdict = verify(
-            rule, topology, log_p, proposal.tokens, proposal.log_q, proposal.valid, key=key, rows=rows, pos=seq.length
+            rule,
+            topology,
+            log_p,
+            proposal.tokens,
+            proposal.log_q,
+            proposal.valid,
+            parents=shape.parents,
+            key=key,
+            rows=rows,
+            pos=seq.length,
+            noise=noise,
         )
         running = carry.status == RUNNING
         broken = running & jnp.isnan(log_p).any(axis=(1, 2))
@@ -230,12 +254,11 @@ def speculate(
         state = proposer.update(state, seq, verdict, taken, log_p, out)
         return _Carry(seq, status, cache, state, carry.calls + 1, carry.row_calls + running)
 
-    vocab = _vocabulary(step, params, cache, cond, b)
     first = _Carry(
         seq,
         jnp.where(length >= limit, FULL, RUNNING),
         cache,
-        proposer.start(seq, key, vocab),
+        proposer.start(seq, key, vocab, out),
         jnp.int32(0),
         jnp.zeros((b,), jnp.int32),
     )
@@ -246,13 +269,14 @@ def speculate(
 
 
 def prefill(step: StepFn, params: PyTree, cache: PyTree, cond: PyTree, prompt: Int[Array, "b p"], length: Int[Array, "b"]):
-    """The cache after all but the last token of each prompt, which is the first round's root."""
+    """(cache, out) after all but the last token of each prompt, the first round's root; out is None if there is no other."""
     q = prompt.shape[1] - 1
     cache = cache.commit(jnp.zeros(length.shape, jnp.int32))  # a length a row from here on
-    if q:
-        view = View(prompt[:, :q], jnp.broadcast_to(jnp.arange(q), (prompt.shape[0], q)), jnp.tril(jnp.ones((q, q), bool)))
-        cache = step(params, cache, view, cond)[1].commit(length - 1)
-    return cache
+    if not q:
+        return cache, None
+    view = View(prompt[:, :q], jnp.broadcast_to(jnp.arange(q), (prompt.shape[0], q)), jnp.tril(jnp.ones((q, q), bool)))
+    out, cache = step(params, cache, view, cond)
+    return cache.commit(length - 1), out
 
 
 def _vocabulary(step, params, cache, cond, b: int) -> int:
@@ -261,10 +285,16 @@ def _vocabulary(step, params, cache, cond, b: int) -> int:
     return out.params.shape[-1]
 
 
-def paths_of(nodes: Int[Array, "b n"], paths: Int[Array, "m d"]) -> Int[Array, "b m d"]:
-    """The tokens of `nodes` on the way to each of some nodes, -1 where `paths` (rows of `Topology.paths`) has ended."""
-    paths = jnp.asarray(paths)
-    return jnp.where(paths >= 0, nodes[:, jnp.maximum(paths, 0)], -1)
+def _check_vocabulary(proposal: Proposal, vocab: int) -> None:
+    if proposal.log_q is not None and proposal.log_q.shape[-1] != vocab:
+        raise ValueError(f"drafts come from laws over {proposal.log_q.shape[-1]} tokens; the target has {vocab}")
+
+
+def paths_of(nodes: Int[Array, "b n"], paths: Int[Array, "*b m d"]) -> Int[Array, "b m d"]:
+    """The tokens of `nodes` on the way to each of some nodes, -1 where `paths` (rows of `Shape.paths`) has ended."""
+    paths = jnp.broadcast_to(jnp.asarray(paths), (nodes.shape[0], *paths.shape[-2:]))
+    tokens = jnp.take_along_axis(nodes[:, None], jnp.maximum(paths, 0), axis=2)
+    return jnp.where(paths >= 0, tokens, -1)
 
 
 def _emitted(nodes: Int[Array, "b m"], verdict: Verdict) -> Int[Array, "b d"]:

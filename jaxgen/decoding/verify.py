@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxgen.decoding.noise import ACCEPT, TARGET, gumbel, uniform
-from jaxgen.decoding.topology import Topology
+from jaxgen.decoding.noise import ACCEPT, Noise, gumbel, uniform
+from jaxgen.decoding.topology import RuntimeTree, Topology
 
 __all__ = ["Coupled", "KSeq", "Level", "Rejection", "Rule", "Verdict", "verify"]
 
@@ -62,15 +62,17 @@ class Verdict(NamedTuple):
 
 def verify(
     rule: Rule,
-    topology: Topology,
+    topology: Topology | RuntimeTree,
     log_p: Float[Array, "b m v"],
     tokens: Int[Array, "b n"],
     log_q: Float[Array, "b n v"] | None,
     valid: Bool[Array, "b n"] | None,
     *,
+    parents: Int[Array, "b n"] | None = None,
     key: Key[Array, ""],
     rows: Int[Array, "b"],
     pos: Int[Array, "b"],
+    noise: Noise = gumbel,
 ) -> Verdict:
     """Walks down from the root while candidates are accepted, then emits one more token.
 
@@ -84,31 +86,30 @@ def verify(
       tokens: drafts.
       log_q: see `Level`.
       valid: drafts that exist; None is all of them.
+      parents: of each draft, for a `RuntimeTree`.
       key: of the call.
       rows: number of each request.
       pos: the position that the root's law is about.
+      noise: the target's own, see `jaxgen.decoding.noise.Noise`.
     """
     b, _, v = log_p.shape
+    if parents is None:
+        parents = jnp.broadcast_to(jnp.asarray(topology.parents, jnp.int32), (b, topology.drafts))
     places = pos[:, None] + jnp.arange(len(topology.levels) + 1)
-    target_noise = gumbel(key, rows, places, v, stream=TARGET)
+    target_noise = noise(key, rows, places, v)
     widest = max((len(nodes) for nodes in topology.levels), default=0)
     chance = uniform(key, rows, places, widest, stream=ACCEPT)
-    alive = jnp.ones((b, 1), bool)  # of the nodes of this level, those on the accepted path
-    level_nodes: tuple[int, ...] = (0,)
+    alive = jnp.zeros((b, topology.drafts + 1), bool).at[:, 0].set(True)  # the accepted path's nodes of the last level
     path = [jnp.zeros((b,), jnp.int32)]
     going, accepted = jnp.ones((b,), bool), jnp.zeros((b,), jnp.int32)
     residual = log_p[:, 0]
     for d, nodes in enumerate(topology.levels):
-        here = jnp.asarray(level_nodes)
-        current = here[jnp.argmax(alive, axis=1)]
         drafts = jnp.asarray(nodes) - 1
-        parents = jnp.asarray([level_nodes.index(topology.parents[node - 1]) for node in nodes])
-        candidate = alive[:, parents] & going[:, None]
+        candidate = jnp.take_along_axis(alive, parents[:, drafts], axis=1) & going[:, None]
         if valid is not None:
             candidate &= valid[:, drafts]
-        law = jnp.take_along_axis(log_p, current[:, None, None], axis=1)[:, 0]
         level = Level(
-            law,
+            jnp.take_along_axis(log_p, path[-1][:, None, None], axis=1)[:, 0],
             tokens[:, drafts],
             None if log_q is None else log_q[:, drafts],
             candidate,
@@ -119,16 +120,16 @@ def verify(
         took = going & (choice >= 0)
         residual = jnp.where((going & ~took)[:, None], left, residual)
         token = jnp.take_along_axis(level.tokens, jnp.maximum(choice, 0)[:, None], axis=1)
-        alive = candidate & (level.tokens == token) & took[:, None]
-        level_nodes = nodes
-        path.append(jnp.asarray(nodes)[jnp.argmax(alive, axis=1)])
+        stays = candidate & (level.tokens == token) & took[:, None]
+        alive = jnp.zeros_like(alive).at[:, drafts + 1].set(stays)
+        path.append(jnp.asarray(nodes)[jnp.argmax(stays, axis=1)])
         accepted += took
         going = took
         # A path that goes on emits from the law of its new end, unless the next level says otherwise.
         end = jnp.take_along_axis(log_p, path[-1][:, None, None], axis=1)[:, 0]
         residual = jnp.where(took[:, None], end, residual)
-    noise = jnp.take_along_axis(target_noise, accepted[:, None, None], axis=1)[:, 0]
-    return Verdict(jnp.stack(path, axis=1), accepted, jnp.argmax(residual + noise, axis=-1).astype(jnp.int32))
+    here = jnp.take_along_axis(target_noise, accepted[:, None, None], axis=1)[:, 0]
+    return Verdict(jnp.stack(path, axis=1), accepted, jnp.argmax(residual + here, axis=-1).astype(jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)

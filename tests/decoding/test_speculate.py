@@ -1,6 +1,7 @@
 """Speculative sampling against the enumerated law of a model without structure, and against plain sampling token by token."""
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import pytest
 from jaxgen.decoding import View, truncate
 from jaxgen.decoding.conformance import chi_square, sequence_law
 from jaxgen.decoding.proposers import DraftModel, Jacobi, NGram
-from jaxgen.decoding.speculate import BROKEN, FULL, STOPPED, Sequential, speculate
-from jaxgen.decoding.topology import branches, chain, chains
+from jaxgen.decoding.speculate import BROKEN, FULL, STOPPED, Proposal, Sequential, speculate
+from jaxgen.decoding.topology import RuntimeTree, Topology, branches, chain, chains
 from jaxgen.decoding.verify import Coupled, KSeq, Rejection
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
@@ -143,6 +144,56 @@ def test_coupled_verification_gives_the_tokens_of_plain_sampling(world, name):
         assert int(got.calls) <= int(want.calls)
 
 
+class RandomTree:
+    """Chosen drafts in trees that are another one for each row and round."""
+
+    topology = RuntimeTree(5, 3)
+
+    def start(self, seq, key, vocab, out):
+        return jax.random.key(7)
+
+    def propose(self, state, seq, transform, key):
+        b = seq.length.shape[0]
+        where, what, state = jax.random.split(state, 3)
+        parents = jnp.floor(jax.random.uniform(where, (b, 5)) * jnp.array([1, 2, 3, 1, 2])).astype(jnp.int32)
+        return Proposal(jax.random.randint(what, (b, 5), 0, V), parents=parents), state
+
+    def update(self, state, seq, verdict, taken, log_p, out):
+        return state
+
+
+def test_trees_found_at_run_time(world):
+    """Plain sampling's tokens under coupling, its law under rejection, in fewer calls."""
+    want, got = (sample(jax.random.key(5), 1.3) for sample in (world.plain, world.sampler(RandomTree(), Coupled())))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert int(got.row_calls.sum()) < int(want.row_calls.sum())
+    counts, _ = counted(world.sampler(RandomTree(), Rejection()), 1.3)
+    assert abs(chi_square(counts, world.laws[1.3])) < 4
+
+
+class Probing(NGram):
+    """Reads two probes behind every node and drafts what the last pass said after the first of them."""
+
+    topology = Topology((0, 1), probes=(1, 3))
+
+    def start(self, seq, key, vocab, out):
+        return jnp.zeros((seq.length.shape[0], 2), jnp.int32)
+
+    def propose(self, state, seq, transform, key):
+        return Proposal(state), state
+
+    def update(self, state, seq, verdict, taken, log_p, out):
+        assert out.params.shape[1] == 9
+        end = 3 + 2 * jnp.maximum(taken - 1, 0)
+        return jnp.take_along_axis(out.params.argmax(-1), end[:, None] + jnp.arange(2), axis=1).astype(jnp.int32)
+
+
+def test_probes_are_read_and_seen_by_nothing(world):
+    sample = world.sampler(Probing(2), Coupled())
+    want, got = (s(jax.random.key(5), 1.0) for s in (world.plain, sample))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
 def test_plain_sampling_calls_the_target_once_a_token(world):
     result = world.plain(jax.random.key(0), 1.0)
     np.testing.assert_array_equal(result.row_calls, result.length - 1)
@@ -208,6 +259,10 @@ def test_bad_input(world):
         world.sampler(Sequential(), Coupled(), prompt=((1,) * 7,), b=1)(jax.random.key(0))
     with pytest.raises(ValueError, match="prompt .*expected 1 to"):
         world.sampler(Sequential(), Coupled(), b=1)(jax.random.key(0), prompt=jnp.zeros((1, 0), jnp.int32))
+    other = world.drafter(chain(2))(jnp.ones((2, 1), jnp.int32))
+    other = dataclasses.replace(other, params=jnp.pad(other.params, ((0, 0), (0, 1))))
+    with pytest.raises(ValueError, match="laws over 5 tokens; the target has 4"):
+        world.sampler(other, Rejection(), b=2)(jax.random.key(0))
     with pytest.raises(ValueError, match="needs the law"):
         world.sampler(NGram(2), KSeq(), b=2)(jax.random.key(0))
     with pytest.raises(ValueError, match="siblings that share"):
