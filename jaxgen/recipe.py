@@ -67,12 +67,15 @@ class Recipe:
         `resolve() -> config`, which fills what only the data can tell (the number of classes).
       stages: trained in this order.
       sample: `(params, key, labels, **options) -> dict` of arrays, where `params` maps stage names to parameters; at least
-        `"images"` [b, H, W, C] in [-1, 1] for image systems. Compiled once for a batch size.
+        `"images"` [b, H, W, C] in [-1, 1] for image systems; text systems take prompts in place of labels and return bytes,
+        `"tokens"` [b, s], and their `"length"` [b]. Compiled once for a batch size.
+      modality: "image" or "text".
     """
 
     config: Any
     stages: tuple[Stage, ...]
     sample: Callable[..., dict]
+    modality: str = "image"
 
     def override(self, edits: Iterable[str]) -> Recipe:
         """The recipe with `path.to.field=value` edits applied to its configuration (see `jaxgen.config.override`)."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from jaxgen import cli
+from jaxgen.recipes.claims import reuse
 from jaxgen.tables import markdown_table, text_table
 
 HERE = Path(__file__).parent
@@ -23,11 +24,13 @@ def main():
     parser.add_argument("--budget", default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
+    parser.add_argument("--reuse", metavar="DIR", help="keeps base models here, and takes them from here once trained")
     parser.add_argument("--results", default=str(HERE / "claims" / "RESULTS.md"))
     args = parser.parse_args()
     module = find(args.system)
     heading = module.__doc__.strip().splitlines()[0].rstrip(".")
-    claims = module.claim(args.budget, seeds=args.seeds, edits=args.set)
+    with reuse(args.reuse):
+        claims = module.claim(args.budget, seeds=args.seeds, edits=args.set)
     setting = f"{datetime.date.today()}, {machine()}, budget {args.budget} {' '.join(args.set)}".strip()
     lines = [f"\n## {heading}\n", f"{setting}\n"]
     for claim in claims:

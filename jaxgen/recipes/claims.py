@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+import hashlib
+import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +24,16 @@ from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.next_scale import NextScaleConfig
 from jaxgen.train import save_params, train
 
-__all__ = ["Claim", "compare_generators", "mean_and_spread", "scaling_law", "seconds_an_image", "train_all"]
+__all__ = [
+    "Claim",
+    "compare_generators",
+    "mean_and_spread",
+    "reuse",
+    "scaling_law",
+    "seconds_an_image",
+    "train_all",
+    "trained",
+]
 
 
 class Claim(NamedTuple):
@@ -107,18 +121,42 @@ def scaling_law(sizes: Mapping[str, NextScaleConfig], *, log: Callable[[str], No
     return Claim("Test loss (nats a token) against the generator's size", rows, notes)
 
 
-def train_all(config: NextScaleConfig, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict, dict]:
+def train_all(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict, dict]:
     """(recipe, parameters by stage, last metrics by stage) of a system whose stages in `given` are trained already."""
-    zero = {f"{name}.steps=0" if name == "classifier" else f"{name}_train.steps=0" for name in given}
-    config = config_lib.override(config, [f"run.seed={seed}", *sorted(zero)])
-    recipe = config.recipe()
+    recipe = config_lib.override(config, [f"run.seed={seed}"]).recipe()
+    stages = tuple(dataclasses.replace(stage, steps=0) if stage.name in given else stage for stage in recipe.stages)
+    recipe = dataclasses.replace(recipe, stages=stages)
     with tempfile.TemporaryDirectory() as workdir:
-        for stage in recipe.stages:
+        for stage in stages:
             if stage.name in given:
                 save_params(workdir, stage.name, given[stage.name])
-        results = train(recipe, workdir, run=config.run, log=log)
+        results = train(recipe, workdir, run=recipe.config.run, log=log)
     params = {name: result.params for name, result in results.items()}
     return recipe, {**given, **params}, {name: result.metrics for name, result in results.items()}
+
+
+_kept: contextvars.ContextVar[Path | None] = contextvars.ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def reuse(folder: str | Path | None) -> Iterator[None]:
+    """Keeps what `trained` trains in a folder, and takes from there what was trained before with the same configuration."""
+    token = _kept.set(None if folder is None else Path(folder))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def trained(config: Any, seed: int, log) -> tuple[Recipe, dict]:
+    """(recipe, parameters by stage) of a system that several claims build on; trained once inside `reuse`."""
+    config, folder = config_lib.override(config, [f"run.seed={seed}"]), _kept.get()
+    if folder is None:
+        return train_all(config, seed, {}, log)[:2]
+    recipe = config.recipe()
+    name = hashlib.sha256(json.dumps(config_lib.to_json(config), sort_keys=True).encode()).hexdigest()[:16]
+    results = train(recipe, folder / name, run=config.run, log=log)
+    return recipe, {name: result.params for name, result in results.items()}
 
 
 def _size(params) -> int:

@@ -1,0 +1,96 @@
+"""A causal language model on the Llama-style stack: text as bytes, or any other tokens in a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxgen import masks
+from jaxgen.decoding.cache import KVCache
+from jaxgen.decoding.step import Out, View
+from jaxgen.nn.llama import LlamaTransformer
+from jaxgen.orders import raster
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel(nn.Module):
+    """Tokens -> logits of the next token at each position.
+
+    Attributes:
+      vocab: v.
+      width, heads, depth, kv_heads, hidden, theta, init_std, scan_layers, remat, dtype: see `LlamaTransformer`.
+      extra_tokens: ids from v on that can be read but not predicted, such as masks.
+      tied: one matrix embeds tokens and scores them.
+    """
+
+    vocab: int
+    width: int
+    heads: int
+    depth: int
+    kv_heads: int = 0
+    hidden: int = 0
+    theta: float = 10000.0
+    init_std: float = 0.02
+    extra_tokens: int = 0
+    tied: bool = False
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        init = nn.initializers.normal(self.init_std)
+        self.embed = nn.Embed(self.vocab + self.extra_tokens, self.width, embedding_init=init)
+        self.transformer = LlamaTransformer(
+            width=self.width,
+            heads=self.heads,
+            depth=self.depth,
+            kv_heads=self.kv_heads,
+            hidden=self.hidden,
+            theta=self.theta,
+            init_std=self.init_std,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            dtype=self.dtype,
+        )
+        self.norm = nn.RMSNorm(epsilon=1e-5)
+        if not self.tied:
+            self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=init, dtype=self.dtype)
+
+    def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l v"]:
+        """Float32 logits; position i sees tokens <= i."""
+        return self.logits(self.features(tokens))
+
+    def features(self, tokens: Int[Array, "b l"], *, layers: tuple[int, int] | None = None) -> Float[Array, "b l d"]:
+        """The last block's output, or that of block `layers[1]` - 1; before the last norm."""
+        length = tokens.shape[1]
+        x, _ = self.transformer(self.embed(tokens), jnp.arange(length), None, masks.block_causal(raster(length)), layers=layers)
+        return x
+
+    def logits(self, features: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
+        """The last norm and the head."""
+        x = self.norm(features).astype(self.dtype)
+        out = x @ self.embed.embedding[: self.vocab].T.astype(self.dtype) if self.tied else self.head(x)
+        return out.astype(jnp.float32)
+
+    def step(self, cache: KVCache, view: View, cond=None, *, layers: tuple[int, int] | None = None) -> tuple[Out, KVCache]:
+        """The seam of `jaxgen.decoding`: the law after each token; `Out.feats` are `features`.
+
+        With `layers` only some blocks run, and the head reads what they make (early exit); the others' cache stays as it is.
+        """
+        x, cache = self.transformer(self.embed(view.tokens), view.pos, cache, view.mask, layers=layers)
+        return Out(self.logits(x), x), cache
+
+    def init_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `capacity` positions."""
+        return KVCache.zeros(
+            layers=self.depth,
+            batch=batch,
+            capacity=capacity,
+            heads=self.kv_heads or self.heads,
+            head_size=self.width // self.heads,
+            dtype=self.dtype,
+        )

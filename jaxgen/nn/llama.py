@@ -1,0 +1,226 @@
+"""The Llama-style stack: RMS norms, rotary positions, grouped key/value heads, SwiGLU; with or without a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxgen.nn.attention import attend
+from jaxgen.nn.rope import rotate
+from kernels_pallas import BlockMask
+
+__all__ = ["LlamaBlock", "LlamaTransformer", "RotaryAttention", "SwiGLU"]
+
+
+class SwiGLU(nn.Module):
+    """(silu(x W1) * x W3) W2, without biases (Shazeer 2020, equation 6).
+
+    Attributes:
+      hidden: width between.
+      init_std: of the kernels.
+      out_std: of W2.
+      dtype: of the computation.
+    """
+
+    hidden: int
+    init_std: float = 0.02
+    out_std: float = 0.02
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        def dense(width, std, name):
+            return nn.Dense(width, use_bias=False, kernel_init=nn.initializers.normal(std), dtype=self.dtype, name=name)
+
+        gate = nn.silu(dense(self.hidden, self.init_std, "w1")(x))
+        up = dense(self.hidden, self.init_std, "w3")(x)
+        return dense(x.shape[-1], self.out_std, "w2")(gate * up)
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention with rotary positions and grouped key/value heads (Ainslie et al. 2023), without biases.
+
+    Attributes:
+      heads: h.
+      kv_heads: g; divides h.
+      head_size: k; 0 is d / h.
+      theta: see `rotate`.
+      mask: of training without a cache.
+      init_std: of the projections.
+      out_std: of the output projection.
+      dtype: of the computation.
+      implementation: see `jaxgen.nn.attend`.
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int = 0
+    theta: float = 10000.0
+    mask: BlockMask | None = None
+    init_std: float = 0.02
+    out_std: float = 0.02
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], pos, cache=None, layer=0, mask: Bool[Array, "*b l l"] | None = None):
+        """(output [b, l, d], cache); `mask` is the view's with a cache, and replaces the field without one."""
+        width = x.shape[-1]
+        if self.heads % self.kv_heads or (not self.head_size and width % self.heads):
+            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}, and those the width {width}")
+        head_size = self.head_size or width // self.heads
+        init = nn.initializers.normal(self.init_std)
+
+        def project(heads, name):
+            shape = (heads, head_size)
+            return nn.DenseGeneral(shape, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)(x)
+
+        q, k, v = project(self.heads, "q"), project(self.kv_heads, "k"), project(self.kv_heads, "v")
+        q, k = rotate(q, pos, theta=self.theta), rotate(k, pos, theta=self.theta)
+        if cache is None:
+            visible = self.mask if mask is None else _with_heads(mask)
+        else:
+            cache = cache.stage(layer, k, v)
+            k, v, visible = cache.read(layer, x.shape[1], mask)
+            k, v = k.astype(self.dtype), v.astype(self.dtype)
+        out = attend(q, k, v, visible, implementation=self.implementation if cache is None else None)
+        out_init = nn.initializers.normal(self.out_std)
+        out = nn.DenseGeneral(width, axis=(-2, -1), use_bias=False, kernel_init=out_init, dtype=self.dtype, name="o")(out)
+        return out, cache
+
+
+def _with_heads(mask):
+    return mask if isinstance(mask, BlockMask) else mask[..., None, :, :]
+
+
+class LlamaBlock(nn.Module):
+    """x + attention(norm(x)), then the same with SwiGLU. Attributes are those of `LlamaTransformer`."""
+
+    heads: int
+    kv_heads: int
+    hidden: int
+    depth: int
+    theta: float = 10000.0
+    eps: float = 1e-5
+    init_std: float = 0.02
+    mask: BlockMask | None = None
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def setup(self):
+        out_std = self.init_std / (2 * self.depth) ** 0.5
+        self.attention_norm = nn.RMSNorm(epsilon=self.eps)
+        self.attention = RotaryAttention(
+            self.heads,
+            self.kv_heads,
+            theta=self.theta,
+            mask=self.mask,
+            init_std=self.init_std,
+            out_std=out_std,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
+        self.mlp_norm = nn.RMSNorm(epsilon=self.eps)
+        self.mlp = SwiGLU(self.hidden, init_std=self.init_std, out_std=out_std, dtype=self.dtype)
+
+    def __call__(self, carry, layer, pos, mask=None):
+        """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
+        x, cache = carry
+        x, cache = self.attend(x, pos, cache, layer, mask)
+        return (self.feed_forward(x), cache), None
+
+    def attend(self, x, pos, cache=None, layer=0, mask=None):
+        """The first half: (x, cache)."""
+        out, cache = self.attention(self.attention_norm(x).astype(self.dtype), pos, cache, layer, mask)
+        return x + out.astype(x.dtype), cache
+
+    def feed_forward(self, x):
+        """The second half."""
+        return x + self.mlp(self.mlp_norm(x).astype(self.dtype)).astype(x.dtype)
+
+
+class LlamaTransformer(nn.Module):
+    """`depth` blocks over vectors; the last norm is not part of it.
+
+    Attributes:
+      heads: h.
+      kv_heads: g; 0 is h.
+      hidden: width of the SwiGLU; 0 is 8 / 3 of the width, rounded up to whole 32s.
+      depth: number of blocks.
+      theta: see `rotate`.
+      eps: of the norms.
+      init_std: of all kernels; output projections get init_std / sqrt(2 depth).
+      mask: of training without a cache.
+      scan_layers: parameters of all blocks are stacked on a leading axis and the blocks run in a `lax.scan`.
+      remat: recompute block activations in the backward pass.
+      dtype: of the computation; norms, rotations and the residual stream's sum are as wide as x.
+      implementation: see `jaxgen.nn.attend`.
+    """
+
+    width: int
+    heads: int
+    depth: int
+    kv_heads: int = 0
+    hidden: int = 0
+    theta: float = 10000.0
+    eps: float = 1e-5
+    init_std: float = 0.02
+    mask: BlockMask | None = None
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def setup(self):
+        fields = dict(
+            heads=self.heads,
+            kv_heads=self.kv_heads or self.heads,
+            hidden=self.hidden or -(-8 * self.width // 96) * 32,
+            depth=self.depth,
+            theta=self.theta,
+            eps=self.eps,
+            init_std=self.init_std,
+            mask=self.mask,
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
+        block = nn.remat(LlamaBlock, prevent_cse=not self.scan_layers) if self.remat else LlamaBlock
+        if self.scan_layers:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=self.depth,
+            )
+            self.stack = stack(**fields, name="blocks")
+        else:
+            self.blocks = [block(**fields) for _ in range(self.depth)]
+
+    def __call__(self, x: Float[Array, "b l d"], pos, cache=None, mask=None, *, layers: tuple[int, int] | None = None):
+        """(x, cache) after the blocks.
+
+        Args:
+          x: vectors.
+          pos: see `rotate`.
+          cache: x is staged in it and sees what it lets it see.
+          mask: with a cache the view's; without one it replaces the field.
+          layers: the first block and the one after the last; None is all.
+
+        Raises:
+          ValueError: some of the blocks, where they are scanned.
+        """
+        first, last = layers or (0, self.depth)
+        if not 0 <= first <= last <= self.depth:
+            raise ValueError(f"layers={layers}: expected a range within 0..{self.depth}")
+        x = x.astype(self.dtype)
+        if self.scan_layers:
+            if (first, last) != (0, self.depth):
+                raise ValueError(f"layers={layers}: scanned blocks run all together; set scan_layers=False")
+            return self.stack((x, cache), jnp.arange(self.depth), pos, mask)[0]
+        for i in range(first, last):
+            (x, cache), _ = self.blocks[i]((x, cache), i, pos, mask)
+        return x, cache
