@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "BlockMask", "Lists"]
@@ -30,6 +31,7 @@ class Lists(NamedTuple):
     kind: np.ndarray
 
 
+@jax.tree_util.register_static  # a pytree without leaves: it passes through jit, remat and scan as an argument
 class BlockMask:
     """Who may attend to whom: `allowed[i, j] = pred(q_meta[:, i], k_meta[:, j])`.
 

@@ -1,26 +1,33 @@
-"""Samples images from a work directory into one picture, a row a label; or edits a given image.
+"""Samples from a work directory: images into one picture, a row a label; an edited image; or text that continues prompts.
 
 python scripts/sample.py --workdir runs/mnist --labels 0,1,2 --num 8 --cfg 1.5 --top_p 0.96 --out grid.png
 python scripts/sample.py --workdir runs/mnist --labels 3 --num 4 --image in.png --box 0.25,0.25,0.75,0.75 --out edited.png
+python scripts/sample.py --workdir runs/text --prompt "To be, or" --num 3 --length 200 --out text.txt
 """
 
 import argparse
+import contextlib
 
 import jax
 import numpy as np
 
 from jaxgen import cli, pictures
 from jaxgen.data import read_image, to_uint8
+from jaxgen.data.text import decode_bytes
+from jaxgen.decoding.speculate import BROKEN
 from jaxgen.generators import box_mask
 from jaxgen.recipes.evaluation import sample_many
 from jaxgen.train import make_mesh
+from kernels_pallas import partitioned
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--labels", required=True, help="class ids, such as 0,1,2")
-    parser.add_argument("--num", type=int, default=8, help="samples a label")
+    parser.add_argument("--labels", help="class ids, such as 0,1,2 (images)")
+    parser.add_argument("--prompt", action="append", help="the text to continue; may be given several times (text)")
+    parser.add_argument("--length", type=int, default=200, help="bytes of prompt and continuation (text)")
+    parser.add_argument("--num", type=int, default=8, help="samples a label or prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance at the last scale")
     parser.add_argument("--top_k", type=int, default=0, help="0 is off, 1 is greedy")
@@ -33,20 +40,30 @@ def main():
     parser.add_argument("--box", help="top,left,bottom,right as shares of the picture; 0.25,0.25,0.75,0.75 if left out")
     parser.add_argument("--outpaint", action="store_true", help="keep the box and make the rest, instead of the reverse")
     parser.add_argument("--mesh", help="axes and sizes, such as data=4; one device if left out")
-    parser.add_argument("--out", required=True, help="a .png for the picture")
+    parser.add_argument("--out", required=True, help="a .png for the picture, a .txt for text")
     parser.add_argument("--npz", help="also saves images [n, H, W, C] uint8 and labels [n]")
     args = parser.parse_args()
     if args.num < 1:
         raise ValueError(f"--num {args.num}: must be at least 1")
-    for flag, path, suffix in (("--out", args.out, ".png"), ("--npz", args.npz, ".npz")):
+    text = args.prompt is not None
+    if text == (args.labels is not None):
+        raise ValueError("either --labels (images) or --prompt (text) has to be given")
+    for flag, path, suffix in (("--out", args.out, ".txt" if text else ".png"), ("--npz", args.npz, ".npz")):
         if path and not path.endswith(suffix):
             raise ValueError(f"{flag} {path}: the name has to end in {suffix}")
     if (args.box or args.outpaint) and not args.image:
         raise ValueError("--box and --outpaint edit a picture: --image is missing")
-    labels = np.repeat(cli.comma_separated(args.labels, "--labels"), args.num)
     step = int(args.step) if args.step and args.step.isdigit() else args.step
     mesh = make_mesh(args.mesh) if args.mesh else None
     recipe, params = cli.open_workdir(args.workdir, step=step, mesh=mesh)
+    if (recipe.modality == "text") != text:
+        raise ValueError(f"--workdir {args.workdir}: makes {recipe.modality}; give {'--prompt' if not text else '--labels'}")
+    (sample_text if text else sample_images)(args, recipe, params, mesh)
+
+
+def sample_images(args, recipe, params, mesh):
+    """A row of pictures a label."""
+    labels = np.repeat(cli.comma_separated(args.labels, "--labels"), args.num)
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
     batch = min(args.batch_size, len(labels))
     if args.image:
@@ -61,6 +78,22 @@ def main():
         with cli.output_file("--npz", args.npz) as path:
             np.savez_compressed(path, images=to_uint8(images), labels=labels)
     print(f"{args.out}: {len(images)} samples")
+
+
+def sample_text(args, recipe, params, mesh):
+    """All continuations of all prompts, with a line between."""
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
+    settings = dict(length=args.length, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
+    with partitioned(mesh) if mesh else contextlib.nullcontext():
+        out = recipe.sample(params, jax.random.key(args.seed), prompts, **settings)
+    texts = decode_bytes(out["tokens"], out["length"])
+    with cli.output_file("--out", args.out) as path:
+        path.write_text(("\n" + "-" * 40 + "\n").join(texts) + "\n")
+    made = int(out["length"].sum()) - sum(len(prompt.encode()) for prompt in prompts)
+    broken = int((out["status"] == BROKEN).sum())
+    print(f"{args.out}: {len(texts)} samples, {made} tokens in {int(out['row_calls'].sum())} calls of the model a row")
+    if broken:
+        print(f"{broken} samples ended early: the model's logits were not numbers")
 
 
 if __name__ == "__main__":

@@ -40,10 +40,12 @@ class Out(NamedTuple):
     Attributes:
       params: parameters of the law of each position, for categorical models float32 logits [b, q, v].
       feats: last hidden states [b, q, d], or None.
+      aux: what else a model tells, for those who know it; samplers do not look at it.
     """
 
     params: PyTree
     feats: Float[Array, "b q d"] | None = None
+    aux: PyTree = None
 
 
 StepFn = Callable[[PyTree, PyTree, View, PyTree], tuple[Out, PyTree]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen import masks
 from jaxgen.decoding.cache import KVCache
@@ -60,15 +61,16 @@ class LanguageModel(nn.Module):
         if not self.tied:
             self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=init, dtype=self.dtype)
 
-    def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l v"]:
-        """Float32 logits; position i sees tokens <= i."""
-        return self.logits(self.features(tokens))
+    def __call__(self, tokens: Int[Array, "b l"], *, active: Bool[Array, "l n"] | None = None) -> Float[Array, "b l v"]:
+        """Float32 logits; position i sees tokens <= i. `active` as in `LlamaTransformer`."""
+        return self.logits(self.features(tokens, active=active))
 
-    def features(self, tokens: Int[Array, "b l"], *, layers: tuple[int, int] | None = None) -> Float[Array, "b l d"]:
+    def features(
+        self, tokens: Int[Array, "b l"], *, layers: tuple[int, int] | None = None, active: Bool[Array, "l n"] | None = None
+    ) -> Float[Array, "b l d"]:
         """The last block's output, or that of block `layers[1]` - 1; before the last norm."""
-        length = tokens.shape[1]
-        x, _ = self.transformer(self.embed(tokens), jnp.arange(length), None, masks.block_causal(raster(length)), layers=layers)
-        return x
+        pos, mask = jnp.arange(tokens.shape[1]), masks.block_causal(raster(tokens.shape[1]))
+        return self.transformer(self.embed(tokens), pos, None, mask, layers=layers, active=active)[0]
 
     def logits(self, features: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
         """The last norm and the head."""
@@ -76,12 +78,29 @@ class LanguageModel(nn.Module):
         out = x @ self.embed.embedding[: self.vocab].T.astype(self.dtype) if self.tied else self.head(x)
         return out.astype(jnp.float32)
 
-    def step(self, cache: KVCache, view: View, cond=None, *, layers: tuple[int, int] | None = None) -> tuple[Out, KVCache]:
+    def step(
+        self,
+        cache: KVCache,
+        view: View,
+        cond=None,
+        *,
+        layers: tuple[int, int] | None = None,
+        active: Bool[Array, "n"] | None = None,
+        saturation: Mapping[str, Any] | None = None,
+    ) -> tuple[Out, KVCache]:
         """The seam of `jaxgen.decoding`: the law after each token; `Out.feats` are `features`.
 
-        With `layers` only some blocks run, and the head reads what they make (early exit); the others' cache stays as it is.
+        Args:
+          cache, view, cond: see `jaxgen.decoding.step`.
+          layers: only these blocks run, and the head reads what they make (early exit); the others' cache stays as it is.
+          active: see `LlamaTransformer`.
+          saturation: options of `LlamaTransformer.saturating`; then `Out.aux` says which MLPs each token passed.
         """
-        x, cache = self.transformer(self.embed(view.tokens), view.pos, cache, view.mask, layers=layers)
+        x = self.embed(view.tokens)
+        if saturation is not None:
+            x, cache, skipped = self.transformer.saturating(x, view.pos, cache, view.mask, **saturation)
+            return Out(self.logits(x), x, skipped), cache
+        x, cache = self.transformer(x, view.pos, cache, view.mask, layers=layers, active=active)
         return Out(self.logits(x), x), cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:

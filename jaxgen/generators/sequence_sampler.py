@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +21,7 @@ from jaxgen.decoding import (
     Result,
     Rule,
     Sequential,
+    StepFn,
     Topology,
     check_settings,
     speculate,
@@ -90,10 +91,10 @@ class Draft:
 
 
 def stepper(model):
-    """The step function of a module that has `step(cache, view, cond)`."""
+    """The step function of a module that has `step(cache, view, cond)`; keyword arguments are passed on."""
 
-    def step(params, cache, view, cond):
-        return model.apply(params, cache, view, cond, method="step")
+    def step(params, cache, view, cond, **options):
+        return model.apply(params, cache, view, cond, method="step", **options)
 
     return step
 
@@ -106,6 +107,7 @@ class SequenceSampler:
       model: a module with `step(cache, view, cond)`, see `jaxgen.decoding.step`, and `init_cache(batch, capacity)`.
       method: how tokens are drafted and checked.
       stop: tokens that end a sequence.
+      wrap: changes the step function, see `jaxgen.decoding.economy`; hashable.
       name: of the model's variables.
 
     Example:
@@ -116,6 +118,7 @@ class SequenceSampler:
     model: Any
     method: Method = Plain()
     stop: tuple[int, ...] = ()
+    wrap: Callable[[StepFn], StepFn] | None = None
     name: str = "generator"
 
     def __call__(
@@ -157,8 +160,9 @@ class SequenceSampler:
     def _sample(self, params, key, prompt, length, max_length, settings):
         temperature, top_k, top_p = settings
         proposer, rule = self.method(params, prompt, max_length)
+        step = stepper(self.model)
         return speculate(
-            stepper(self.model),
+            self.wrap(step) if self.wrap else step,
             proposer,
             rule,
             params=params[self.name],

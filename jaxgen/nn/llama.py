@@ -84,6 +84,8 @@ class RotaryAttention(nn.Module):
             visible = self.mask if mask is None else _with_heads(mask)
         else:
             cache = cache.stage(layer, k, v)
+            if hasattr(cache, "see"):  # caches that choose by what is asked for, see `jaxgen.decoding.sparse_cache`
+                cache = cache.see(layer, q)
             k, v, visible = cache.read(layer, x.shape[1], mask)
             k, v = k.astype(self.dtype), v.astype(self.dtype)
         out = attend(q, k, v, visible, implementation=self.implementation if cache is None else None)
@@ -200,7 +202,16 @@ class LlamaTransformer(nn.Module):
         else:
             self.blocks = [block(**fields) for _ in range(self.depth)]
 
-    def __call__(self, x: Float[Array, "b l d"], pos, cache=None, mask=None, *, layers: tuple[int, int] | None = None):
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        pos,
+        cache=None,
+        mask=None,
+        *,
+        layers: tuple[int, int] | None = None,
+        active: Bool[Array, "*l n"] | None = None,
+    ):
         """(x, cache) after the blocks.
 
         Args:
@@ -209,6 +220,8 @@ class LlamaTransformer(nn.Module):
           cache: x is staged in it and sees what it lets it see.
           mask: with a cache the view's; without one it replaces the field.
           layers: the first block and the one after the last; None is all.
+          active: which of the n blocks run: [n] for the whole call, the others cost nothing; or [l, n], where position i passes
+            the blocks that are not its own, which saves nothing and is for training.
 
         Raises:
           ValueError: some of the blocks, where they are scanned.
@@ -218,9 +231,57 @@ class LlamaTransformer(nn.Module):
             raise ValueError(f"layers={layers}: expected a range within 0..{self.depth}")
         x = x.astype(self.dtype)
         if self.scan_layers:
-            if (first, last) != (0, self.depth):
+            if (first, last) != (0, self.depth) or active is not None:
                 raise ValueError(f"layers={layers}: scanned blocks run all together; set scan_layers=False")
             return self.stack((x, cache), jnp.arange(self.depth), pos, mask)[0]
         for i in range(first, last):
-            (x, cache), _ = self.blocks[i]((x, cache), i, pos, mask)
+            x, cache = self._block(i, x, pos, cache, mask, active)
         return x, cache
+
+    def _block(self, i: int, x, pos, cache, mask, active):
+        def run(block, x, cache):
+            return block((x, cache), i, pos, mask)[0]
+
+        if active is None:
+            return run(self.blocks[i], x, cache)
+        if active.ndim == 1:
+            return nn.cond(active[i], run, lambda block, x, cache: (x, cache), self.blocks[i], x, cache)
+        after, cache = run(self.blocks[i], x, cache)
+        return jnp.where(active[:, i, None], after, x), cache
+
+    def saturating(self, x: Float[Array, "b l d"], pos, cache=None, mask=None, *, threshold, blocks: tuple[int, int], free: int):
+        """As `__call__`, but a token whose MLP hardly turns it skips the MLPs that follow (Jaiswal et al. 2024).
+
+        In the blocks from `blocks[0]` up to `blocks[1]`, once cos(x, x + mlp(x)) >= threshold, a token passes the later MLPs there;
+        an MLP that every token passes is not computed. Attention always runs, so the cache is whole.
+
+        Args:
+          threshold: of the cosine; may be traced.
+          blocks: outside these every MLP runs.
+          free: positions below this skip nothing.
+
+        Returns:
+          (x, cache, skipped), with bool [b, l, n]: which MLPs each token passed.
+        """
+        if self.scan_layers:
+            raise ValueError("scan_layers=True: skipping MLPs needs unrolled blocks")
+        if not 0 <= blocks[0] <= blocks[1] <= self.depth:
+            raise ValueError(f"blocks={blocks}: expected a range within 0..{self.depth}")
+        x, may = x.astype(self.dtype), jnp.broadcast_to(jnp.asarray(pos) >= free, x.shape[:2])
+        passing, skipped = jnp.zeros(x.shape[:2], bool), []
+        for i, block in enumerate(self.blocks):
+            x, cache = block.attend(x, pos, cache, i, mask)
+            inside = blocks[0] <= i < blocks[1]
+            skipped.append(passing if inside else jnp.zeros_like(passing))
+            after = nn.cond(~skipped[-1].all(), lambda block, x: block.feed_forward(x), lambda block, x: x, block, x)
+            after = jnp.where(skipped[-1][..., None], x, after)
+            if inside:
+                passing |= may & (_cosine(x, after) >= threshold)
+            x = after
+        return x, cache, jnp.stack(skipped, axis=-1)
+
+
+def _cosine(x: Float[Array, "b l d"], y: Float[Array, "b l d"]) -> Float[Array, "b l"]:
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    norms = jnp.sum(x * x, -1) * jnp.sum(y * y, -1)
+    return jnp.sum(x * y, -1) / jnp.sqrt(jnp.maximum(norms, 1e-24))

@@ -128,7 +128,14 @@ class LanguageConfig:
 
 
 def language_stage(
-    name: str, model: Any, data: TextConfig, train: LanguageTrainConfig, *, loss: Callable | None = None, **fields
+    name: str,
+    model: Any,
+    data: TextConfig,
+    train: LanguageTrainConfig,
+    *,
+    loss: Callable | None = None,
+    options: Mapping[str, Any] | None = None,
+    **fields,
 ) -> Stage:
     """Maximum likelihood of the next byte, of a module from tokens [b, l] to logits [b, l, v].
 
@@ -138,6 +145,7 @@ def language_stage(
       data: the text.
       train: how long, and with what.
       loss: replaces the training loss, as in `Stage`.
+      options: keyword arguments of the module's call.
       **fields: other fields of the stage.
     """
 
@@ -146,7 +154,7 @@ def language_stage(
 
     def measure(params, batch):
         tokens = batch["tokens"]
-        logits = model.apply(params[name], tokens[:, :-1])
+        logits = model.apply(params[name], tokens[:, :-1], **(options or {}))
         nll = cross_entropy(logits, tokens[:, 1:])
         hits = (logits.argmax(-1) == tokens[:, 1:]).astype(jnp.float32)
         return {"nll": nll.mean(), "token_accuracy": hits.mean()}
