@@ -1,6 +1,6 @@
 """S102 SkipDecode: one exit point a position for the whole batch (Del Corro et al. 2023, arXiv 2307.02628).
 
-    python scripts/train.py --config configs/skip_decode.py --variant small --workdir runs/skip --set data.path=tinyshakespeare.txt
+    python scripts/train.py --config configs/skip_decode.py --variant small --workdir runs/skip --set data.path=shakespeare.txt
     python scripts/sample.py --workdir runs/skip --prompt "To be, or" --num 3 --out text.txt
 
 The model is trained with the schedule that it is sampled with.

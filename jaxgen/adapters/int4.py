@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,75 +19,21 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxgen.adapters.gptq import gptq
+from jaxgen.adapters.linear import Linear, contracted_axes, get_kernel, layer_features, replace_kernel, rows_of
 from kernels_pallas.int4 import PackedInt4, int4_matmul, pack_int4, pack_values, unpack_int4
 
 __all__ = [
     "Int4Module",
-    "Linear",
     "apply_int4",
     "dequantise",
-    "get_kernel",
     "int4_layers",
     "kernel_bytes",
-    "linear_layers",
     "quantise",
-    "replace_kernel",
     "unstack_layers",
     "with_hessians",
 ]
 
 PyTree = Any
-
-
-class Linear(NamedTuple):
-    """A dense layer as a matrix.
-
-    Attributes:
-      shape: of its kernel as the model has it: (stacked layers,) inputs, outputs.
-      stacked: leading axes of the kernel that a scan over layers added.
-      k: inputs.
-      n: outputs.
-    """
-
-    shape: tuple[int, ...]
-    stacked: int
-    k: int
-    n: int
-
-    @property
-    def matrix(self) -> tuple[int, ...]:
-        """Shape of the kernel as (a stack of) matrices."""
-        return (*self.shape[: self.stacked], self.k, self.n)
-
-
-def linear_layers(module: nn.Module, variables: PyTree, *args, **kwargs) -> dict[str, Linear]:
-    """The `nn.Dense` and `nn.DenseGeneral` layers that `module.apply(variables, *args, **kwargs)` calls, by path.
-
-    Only shapes are computed: arguments may be `jax.ShapeDtypeStruct`s. Layers with batch axes in their kernel are left out.
-
-    Example:
-      >>> model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(3)])
-      >>> x = jnp.ones((2, 8))
-      >>> linear_layers(model, model.init(jax.random.key(0), x), x)["layers_2"]
-      Linear(shape=(16, 3), stacked=0, k=16, n=3)
-    """
-    found: dict[str, Linear] = {}
-
-    def look(next_fun, args, kwargs, context):
-        if (axes := _contracted(context)) is not None:
-            path, features = "/".join(context.module.path), _features(context.module)
-            shape = tuple(get_kernel(variables, path).shape)
-            k = math.prod(args[0].shape[axis] for axis in axes)
-            found[path] = Linear(shape, len(shape) - len(axes) - len(features), k, math.prod(features))
-        return next_fun(*args, **kwargs)
-
-    def apply(variables, args, kwargs):
-        with nn.intercept_methods(look):
-            return module.apply(variables, *args, **kwargs)
-
-    arrays, rest = _split(args, kwargs)
-    jax.eval_shape(lambda variables, arrays: apply(variables, *rest(arrays)), variables, arrays)
-    return found
 
 
 def quantise(
@@ -191,14 +137,14 @@ def int4_layers(implementation: str | None = None) -> Iterator[None]:
     """
 
     def multiply(next_fun, args, kwargs, context):
-        axes = _contracted(context)
+        axes = contracted_axes(context)
         kernel = None if axes is None else context.module.get_variable("params", "kernel")
         if not isinstance(kernel, PackedInt4):
             return next_fun(*args, **kwargs)
         layer, x = context.module, args[0]
         x = x.astype(layer.dtype or jnp.promote_types(x.dtype, layer.param_dtype))
-        y = int4_matmul(_rows(x, axes), kernel, implementation)
-        y = y.reshape(*y.shape[:-1], *_features(layer))
+        y = int4_matmul(rows_of(x, axes), kernel, implementation)
+        y = y.reshape(*y.shape[:-1], *layer_features(layer))
         return y + layer.get_variable("params", "bias").astype(y.dtype) if layer.use_bias else y
 
     with nn.intercept_methods(multiply):
@@ -232,9 +178,9 @@ def with_hessians(module: nn.Module, fn: Callable, layers: Mapping[str, Linear])
         sums = {path: jnp.zeros((layer.k, layer.k)) for path, layer in layers.items()}
 
         def watch(next_fun, args, kwargs, context):
-            axes, path = _contracted(context), "/".join(context.module.path)
+            axes, path = contracted_axes(context), "/".join(context.module.path)
             if axes is not None and path in sums and isinstance(_root(context.module), type(module)):
-                x = _rows(args[0], axes).reshape(-1, layers[path].k).astype(jnp.float32)
+                x = rows_of(args[0], axes).reshape(-1, layers[path].k).astype(jnp.float32)
                 sums[path] = sums[path] + jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
             return next_fun(*args, **kwargs)
 
@@ -271,69 +217,7 @@ def kernel_bytes(variables: PyTree, dtype=jnp.bfloat16) -> dict[str, int]:
     return {"packed": packed, "rest": rest, "total": packed + rest}
 
 
-def get_kernel(variables: PyTree, path: str) -> Any:
-    """The kernel of the layer at `path`.
-
-    Raises:
-      ValueError: there is no such layer.
-    """
-    tree = variables["params"]
-    for name in _names(path):
-        if name not in tree:
-            raise ValueError(f"there is no layer {path}: {name} is not one of {', '.join(tree)}")
-        tree = tree[name]
-    return tree
-
-
-def replace_kernel(variables: PyTree, path: str, kernel: Any) -> PyTree:
-    """`variables` in which the layer at `path` has another kernel; what is not on the way is shared."""
-
-    def put(tree, names):
-        inner = kernel if len(names) == 1 else put(tree[names[0]], names[1:])
-        return {**tree, names[0]: inner}
-
-    return put(variables, ("params", *_names(path)))
-
-
-def _names(path: str) -> tuple[str, ...]:
-    """Keys from the parameters to a kernel; the path of a model that is one layer is empty."""
-    return (*filter(None, path.split("/")), "kernel")
-
-
-def _contracted(context) -> tuple[int, ...] | None:
-    """The axes of its input over which a dense layer that is being called sums; None for anything else."""
-    layer = context.module
-    if context.method_name != "__call__" or not isinstance(layer, nn.Dense | nn.DenseGeneral) or layer.is_initializing():
-        return None
-    if isinstance(layer, nn.Dense):
-        return (-1,)
-    axes = layer.axis if isinstance(layer.axis, tuple) else (layer.axis,)
-    return None if layer.batch_dims else axes
-
-
-def _rows(x, axes: tuple[int, ...]):
-    """x [..., k] with the contracted axes flattened into one."""
-    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-    return x.reshape(*x.shape[: -len(axes)], -1)
-
-
-def _features(layer) -> tuple[int, ...]:
-    return layer.features if isinstance(layer.features, tuple) else (layer.features,)
-
-
 def _root(module: nn.Module) -> nn.Module:
     while isinstance(module.parent, nn.Module):
         module = module.parent
     return module
-
-
-def _split(args, kwargs) -> tuple[list, Callable[[list], tuple[tuple, dict]]]:
-    """The arrays among arguments, and how to put others in their place."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
-
-    def rest(arrays):
-        arrays: Iterator = iter(arrays)
-        return jax.tree.unflatten(tree, [next(arrays) if a else x for x, a in zip(leaves, is_array)])
-
-    return [x for x, a in zip(leaves, is_array) if a], rest

@@ -23,8 +23,8 @@ class LanguageModel(nn.Module):
 
     Attributes:
       vocab: v.
-      width, heads, depth, kv_heads, hidden, theta, init_std, scan_layers, remat, dtype: see `LlamaTransformer`.
-      extra_tokens: ids from v on that can be read but not predicted, such as masks.
+      width, heads, depth, kv_heads, hidden, experts, experts_used, theta, init_std, scan_layers, remat, dtype: see
+        `LlamaTransformer`.
       tied: one matrix embeds tokens and scores them.
     """
 
@@ -34,9 +34,10 @@ class LanguageModel(nn.Module):
     depth: int
     kv_heads: int = 0
     hidden: int = 0
+    experts: int = 0
+    experts_used: int = 2
     theta: float = 10000.0
     init_std: float = 0.02
-    extra_tokens: int = 0
     tied: bool = False
     scan_layers: bool = False
     remat: bool = False
@@ -44,13 +45,15 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(self.init_std)
-        self.embed = nn.Embed(self.vocab + self.extra_tokens, self.width, embedding_init=init)
+        self.embed = nn.Embed(self.vocab, self.width, embedding_init=init)
         self.transformer = LlamaTransformer(
             width=self.width,
             heads=self.heads,
             depth=self.depth,
             kv_heads=self.kv_heads,
             hidden=self.hidden,
+            experts=self.experts,
+            experts_used=self.experts_used,
             theta=self.theta,
             init_std=self.init_std,
             scan_layers=self.scan_layers,
@@ -75,7 +78,7 @@ class LanguageModel(nn.Module):
     def logits(self, features: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
         """The last norm and the head."""
         x = self.norm(features).astype(self.dtype)
-        out = x @ self.embed.embedding[: self.vocab].T.astype(self.dtype) if self.tied else self.head(x)
+        out = x @ self.embed.embedding.T.astype(self.dtype) if self.tied else self.head(x)
         return out.astype(jnp.float32)
 
     def step(
@@ -87,6 +90,7 @@ class LanguageModel(nn.Module):
         layers: tuple[int, int] | None = None,
         active: Bool[Array, "n"] | None = None,
         saturation: Mapping[str, Any] | None = None,
+        vectors: Float[Array, "b q d"] | None = None,
     ) -> tuple[Out, KVCache]:
         """The seam of `jaxgen.decoding`: the law after each token; `Out.feats` are `features`.
 
@@ -95,8 +99,9 @@ class LanguageModel(nn.Module):
           layers: only these blocks run, and the head reads what they make (early exit); the others' cache stays as it is.
           active: see `LlamaTransformer`.
           saturation: options of `LlamaTransformer.saturating`; then `Out.aux` says which MLPs each token passed.
+          vectors: read in place of the tokens' embeddings.
         """
-        x = self.embed(view.tokens)
+        x = self.embed(view.tokens) if vectors is None else vectors
         if saturation is not None:
             x, cache, skipped = self.transformer.saturating(x, view.pos, cache, view.mask, **saturation)
             return Out(self.logits(x), x, skipped), cache

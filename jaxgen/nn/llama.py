@@ -6,9 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.attention import attend
+from jaxgen.nn.moe import MixtureOfExperts
 from jaxgen.nn.rope import rotate
 from kernels_pallas import BlockMask
 
@@ -66,8 +67,13 @@ class RotaryAttention(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], pos, cache=None, layer=0, mask: Bool[Array, "*b l l"] | None = None):
-        """(output [b, l, d], cache); `mask` is the view's with a cache, and replaces the field without one."""
+    def __call__(
+        self, x: Float[Array, "b l d"], pos, cache=None, layer=0, mask: Bool[Array, "*b l l"] | None = None, *, stage: bool = True
+    ):
+        """(output [b, l, d], cache); `mask` is the view's with a cache, and replaces the field without one.
+
+        With `stage` off x only asks: keys and values are those that the cache has, the staged ones included.
+        """
         width = x.shape[-1]
         if self.heads % self.kv_heads or (not self.head_size and width % self.heads):
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}, and those the width {width}")
@@ -78,12 +84,13 @@ class RotaryAttention(nn.Module):
             shape = (heads, head_size)
             return nn.DenseGeneral(shape, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)(x)
 
-        q, k, v = project(self.heads, "q"), project(self.kv_heads, "k"), project(self.kv_heads, "v")
-        q, k = rotate(q, pos, theta=self.theta), rotate(k, pos, theta=self.theta)
+        q = rotate(project(self.heads, "q"), pos, theta=self.theta)
+        if stage:
+            k, v = rotate(project(self.kv_heads, "k"), pos, theta=self.theta), project(self.kv_heads, "v")
         if cache is None:
             visible = self.mask if mask is None else _with_heads(mask)
         else:
-            cache = cache.stage(layer, k, v)
+            cache = cache.stage(layer, k, v) if stage else cache
             if hasattr(cache, "see"):  # caches that choose by what is asked for, see `jaxgen.decoding.sparse_cache`
                 cache = cache.see(layer, q)
             k, v, visible = cache.read(layer, x.shape[1], mask)
@@ -105,6 +112,8 @@ class LlamaBlock(nn.Module):
     kv_heads: int
     hidden: int
     depth: int
+    experts: int = 0
+    experts_used: int = 2
     theta: float = 10000.0
     eps: float = 1e-5
     init_std: float = 0.02
@@ -126,7 +135,11 @@ class LlamaBlock(nn.Module):
             implementation=self.implementation,
         )
         self.mlp_norm = nn.RMSNorm(epsilon=self.eps)
-        self.mlp = SwiGLU(self.hidden, init_std=self.init_std, out_std=out_std, dtype=self.dtype)
+        stds = dict(init_std=self.init_std, out_std=out_std, dtype=self.dtype)
+        if self.experts:
+            self.mlp = MixtureOfExperts(self.hidden, self.experts, self.experts_used, **stds)
+        else:
+            self.mlp = SwiGLU(self.hidden, **stds)
 
     def __call__(self, carry, layer, pos, mask=None):
         """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
@@ -134,14 +147,18 @@ class LlamaBlock(nn.Module):
         x, cache = self.attend(x, pos, cache, layer, mask)
         return (self.feed_forward(x), cache), None
 
-    def attend(self, x, pos, cache=None, layer=0, mask=None):
-        """The first half: (x, cache)."""
-        out, cache = self.attention(self.attention_norm(x).astype(self.dtype), pos, cache, layer, mask)
+    def attend(self, x, pos, cache=None, layer=0, mask=None, *, stage: bool = True):
+        """The first half: (x, cache); `stage` as in `RotaryAttention`."""
+        out, cache = self.attention(self.attention_norm(x).astype(self.dtype), pos, cache, layer, mask, stage=stage)
         return x + out.astype(x.dtype), cache
 
     def feed_forward(self, x):
         """The second half."""
         return x + self.mlp(self.mlp_norm(x).astype(self.dtype)).astype(x.dtype)
+
+    def route(self, x) -> tuple[Float[Array, "b l k"], Int[Array, "b l k"]]:
+        """(weights, experts) that the second half would use for x; only where there are experts."""
+        return self.mlp.route(self.mlp_norm(x).astype(self.dtype))
 
 
 class LlamaTransformer(nn.Module):
@@ -152,6 +169,7 @@ class LlamaTransformer(nn.Module):
       kv_heads: g; 0 is h.
       hidden: width of the SwiGLU; 0 is 8 / 3 of the width, rounded up to whole 32s.
       depth: number of blocks.
+      experts, experts_used: SwiGLUs that a token chooses from, and how many it takes; 0 is one for all, see `MixtureOfExperts`.
       theta: see `rotate`.
       eps: of the norms.
       init_std: of all kernels; output projections get init_std / sqrt(2 depth).
@@ -167,6 +185,8 @@ class LlamaTransformer(nn.Module):
     depth: int
     kv_heads: int = 0
     hidden: int = 0
+    experts: int = 0
+    experts_used: int = 2
     theta: float = 10000.0
     eps: float = 1e-5
     init_std: float = 0.02
@@ -182,6 +202,8 @@ class LlamaTransformer(nn.Module):
             kv_heads=self.kv_heads or self.heads,
             hidden=self.hidden or -(-8 * self.width // 96) * 32,
             depth=self.depth,
+            experts=self.experts,
+            experts_used=self.experts_used,
             theta=self.theta,
             eps=self.eps,
             init_std=self.init_std,
@@ -252,8 +274,8 @@ class LlamaTransformer(nn.Module):
     def saturating(self, x: Float[Array, "b l d"], pos, cache=None, mask=None, *, threshold, blocks: tuple[int, int], free: int):
         """As `__call__`, but a token whose MLP hardly turns it skips the MLPs that follow (Jaiswal et al. 2024).
 
-        In the blocks from `blocks[0]` up to `blocks[1]`, once cos(x, x + mlp(x)) >= threshold, a token passes the later MLPs there;
-        an MLP that every token passes is not computed. Attention always runs, so the cache is whole.
+        In the blocks from `blocks[0]` up to `blocks[1]`, once cos(x, x + mlp(x)) >= threshold, a token passes the later MLPs
+        there; an MLP that every token passes is not computed. Attention always runs, so the cache is whole.
 
         Args:
           threshold: of the cosine; may be traced.

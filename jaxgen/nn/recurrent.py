@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxgen.nn.tree_scan import tree_windows
 from kernels_pallas.linear import linear_attention, linear_attention_step
 
 __all__ = ["RecurrentState", "ShortConv", "check_state", "read_write", "selective_decay"]
@@ -63,9 +64,11 @@ class ShortConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t c"], tail: Float[Array, "b w-1 c"] | None = None
+        self, x: Float[Array, "b t c"], tail: Float[Array, "b w-1 c"] | None = None, mask: Bool[Array, "*b t t"] | None = None
     ) -> tuple[Float[Array, "b t c"], Float[Array, "b w-1 c"]]:
         """(y, the last size - 1 tokens of x); `tail` are those before x, None is zeros.
+
+        With `mask` x are the nodes of a tree, each of which sees its ancestors and itself, and `tail` is returned as it was.
 
         Raises:
           ValueError: a size below 1 or a tail of another shape.
@@ -79,11 +82,15 @@ class ShortConv(nn.Module):
         if tail.shape != (b, self.size - 1, c):
             raise ValueError(f"tail {tail.shape} must be {(b, self.size - 1, c)} for x {x.shape}")
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, c)).astype(self.dtype)
-        seen = jnp.concatenate([tail.astype(self.dtype), x], axis=1)
-        y = sum(kernel[j] * seen[:, j : j + t] for j in range(self.size))
+        if mask is None:
+            seen = jnp.concatenate([tail.astype(self.dtype), x], axis=1)
+            y = sum(kernel[j] * seen[:, j : j + t] for j in range(self.size))
+            tail = seen[:, t:]
+        else:
+            y = jnp.einsum("wc,bqwc->bqc", kernel, tree_windows(x, tail.astype(self.dtype), mask))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros_init(), (c,)).astype(self.dtype)
-        return y, seen[:, t:]
+        return y, tail
 
 
 def selective_decay(

@@ -6,9 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from jaxgen.decoding.recurrent_cache import Nodes
 from jaxgen.nn.recurrent import RecurrentState, ShortConv, check_state, read_write, selective_decay
+from jaxgen.nn.tree_scan import tree_read
 
 __all__ = ["Mamba2"]
 
@@ -72,9 +74,13 @@ class Mamba2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t d"], state: RecurrentState | None = None
-    ) -> tuple[Float[Array, "b t d"], RecurrentState]:
-        """(output, next state)."""
+        self, x: Float[Array, "b t d"], state: RecurrentState | None = None, mask: Bool[Array, "*b t t"] | None = None
+    ) -> tuple[Float[Array, "b t d"], RecurrentState | Nodes]:
+        """(output, next state); with `mask`, (output, nodes).
+
+        With `mask` and a state x are the nodes of a tree, each of which sees its ancestors and itself; the state stays, and the
+        nodes are what it needs to take in a path of them, see `jaxgen.decoding.RecurrentCache`.
+        """
         b, t, width = x.shape
         inner, heads = self._sizes(width)
         shared = self.groups * self.state_size
@@ -82,15 +88,20 @@ class Mamba2(nn.Module):
         dense = dict(use_bias=False, dtype=self.dtype)
         wide = nn.Dense(2 * inner + 2 * shared + heads, kernel_init=self.kernel_init, **dense, name="in")(x)
         z, xbc, dt = jnp.split(wide, (inner, 2 * inner + 2 * shared), axis=-1)
-        xbc, tail = ShortConv(self.conv_size, dtype=self.dtype, name="conv")(xbc, tail)
-        v, k, q = jnp.split(nn.silu(xbc), (inner, inner + shared), axis=-1)
+        convolved, tail = ShortConv(self.conv_size, dtype=self.dtype, name="conv")(xbc, tail, mask)
+        v, k, q = jnp.split(nn.silu(convolved), (inner, inner + shared), axis=-1)
         v = v.reshape(b, t, heads, self.head_size)
         q, k = (jnp.repeat(y.reshape(b, t, self.groups, -1), heads // self.groups, axis=2) for y in (q, k))
         dt, log_decay = selective_decay(self, dt, rates=(1.0, 16.0))
         written = (v * dt[..., None]).astype(self.dtype)
-        y, memory = read_write(q, k, written, log_decay, memory, self.implementation)
+        if mask is None:
+            y, memory = read_write(q, k, written, log_decay, memory, self.implementation)
+            after = RecurrentState(memory, tail)
+        else:
+            y = tree_read(q, k, written, log_decay, memory, mask)
+            after = Nodes(k, written, log_decay, xbc.astype(self.dtype))
         y = y + self.param("D", nn.initializers.ones_init(), (heads,))[:, None] * v
         y = y.reshape(b, t, self.groups, -1) * nn.silu(z.astype(jnp.float32)).reshape(b, t, self.groups, -1)
         y = nn.RMSNorm(epsilon=1e-5, feature_axes=(-2, -1), dtype=jnp.float32, name="norm")(y)
         y = y.reshape(b, t, inner).astype(self.dtype)
-        return nn.Dense(width, kernel_init=self.out_init, **dense, name="out")(y), RecurrentState(memory, tail)
+        return nn.Dense(width, kernel_init=self.out_init, **dense, name="out")(y), after

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -50,6 +51,8 @@ class LanguageModelConfig:
     depth: int = 4
     kv_heads: int = 0
     hidden: int = 0
+    experts: int = 0
+    experts_used: int = 2
     theta: float = 10000.0
     tied: bool = False
     scan_layers: bool = False
@@ -57,7 +60,7 @@ class LanguageModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_fields("model", self, vocab=2, width=1, heads=1, depth=1, kv_heads=0, hidden=0, theta=1)
+        check_fields("model", self, vocab=2, width=1, heads=1, depth=1, kv_heads=0, hidden=0, experts=0, experts_used=1, theta=1)
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
 
@@ -75,6 +78,7 @@ class LanguageTrainConfig:
       batch_size: global.
       accumulate: micro-batches an update.
       ema: decay, 0 is off.
+      balance: weight of the experts' load balance, where the model has experts.
       optim: AdamW and its schedule.
     """
 
@@ -82,10 +86,11 @@ class LanguageTrainConfig:
     batch_size: int = 16
     accumulate: int = 1
     ema: float = 0.0
+    balance: float = 0.01
     optim: OptimConfig = OptimConfig(lr=2e-3, warmup_steps=50, schedule="cosine", lr_end=0.05, clip=1.0, no_decay=("scale",))
 
     def __post_init__(self):
-        check_fields("model_train", self, steps=0, batch_size=1, accumulate=1, shares=("ema",))
+        check_fields("model_train", self, steps=0, batch_size=1, accumulate=1, balance=0, shares=("ema",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +159,16 @@ def language_stage(
 
     def measure(params, batch):
         tokens = batch["tokens"]
-        logits = model.apply(params[name], tokens[:, :-1], **(options or {}))
+        logits, told = model.apply(params[name], tokens[:, :-1], **(options or {}), mutable=["balance"])
         nll = cross_entropy(logits, tokens[:, 1:])
         hits = (logits.argmax(-1) == tokens[:, 1:]).astype(jnp.float32)
-        return {"nll": nll.mean(), "token_accuracy": hits.mean()}
+        metrics = {"nll": nll.mean(), "token_accuracy": hits.mean()}
+        loads = jax.tree.leaves(told)
+        return metrics | {"balance": sum(x.mean() for x in loads) / len(loads)} if loads else metrics
 
     def likelihood(params, state, batch, key, step, frozen):
         metrics = measure(params, batch)
-        return metrics["nll"], (metrics, state)
+        return metrics["nll"] + train.balance * metrics.get("balance", 0.0), (metrics, state)
 
     def eval_loss(params, state, batch, key, frozen):
         metrics = measure(params, batch)
