@@ -1,6 +1,7 @@
 """Measures compiled functions on this machine, as a table and JSON; or compiles them for a TPU that is not attached.
 
 python scripts/benchmark.py kernels --size small         # full on an accelerator; --only attention
+python scripts/benchmark.py decoding --batch 1,32        # --size small for a quick look; --only plain
 python scripts/benchmark.py var --depth 16 --batch 1
 python scripts/benchmark.py var --depth 16 --batch 1,64 --dtype bfloat16 --train
 TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python scripts/benchmark.py var --depth 16 --dtype bfloat16 --train --topology v5e:2x2
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgen import benchmark, cli, kernel_benchmark, kernel_cases
+from jaxgen import benchmark, cli, decoding_benchmark, kernel_benchmark, kernel_cases
 from jaxgen.decoding import Settings
 from jaxgen.generators import NextScaleSampler
 from jaxgen.tables import text_table
@@ -29,24 +30,24 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("var", "kernels"))
+    parser.add_argument("what", choices=("var", "kernels", "decoding"))
     parser.add_argument("--depth", type=int, default=16, help="width is 64 depth, as published")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--unrolled", action="store_true", help="do not scan over layers")
-    parser.add_argument("--repeats", type=int, help="3, and 20 for kernels")
-    parser.add_argument("--size", help="of the kernels' problems: small or full; None is what suits the device")
-    parser.add_argument("--only", default="", help="kernels' problems whose name contains this")
+    parser.add_argument("--repeats", type=int, help="3, 5 for decoding, 20 for kernels")
+    parser.add_argument("--size", help="of the kernels' problems: small or full; of the decoded model: small or 25m")
+    parser.add_argument("--only", default="", help="problems or methods whose name contains this")
     parser.add_argument("--train", action="store_true", help="also the generator's training step")
     parser.add_argument("--topology", help="compile for this TPU topology instead of running, such as v5e:2x2")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
     parser.add_argument("--json", help="also writes the rows to this file")
     args = parser.parse_args()
     if args.repeats is None:
-        args.repeats = 20 if args.what == "kernels" else 3
+        args.repeats = {"kernels": 20, "decoding": 5, "var": 3}[args.what]
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: expected at least 1")
-    rows = kernels(args) if args.what == "kernels" else var(args)
+    rows = {"kernels": kernels, "decoding": decoding, "var": var}[args.what](args)
     print(text_table(rows))
     print(json.dumps(rows))
     if args.json:
@@ -66,6 +67,25 @@ def kernels(args) -> list[dict]:
         rows.append(row)
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, {datetime.date.today()}, median of {args.repeats}")
+    return rows
+
+
+def decoding(args) -> list[dict]:
+    """Plain cached sampling of a byte model against each method and PyTorch, and what the loop itself costs."""
+    batches = tuple(cli.comma_separated(args.batch, "--batch"))
+    if min(batches) < 1:
+        raise ValueError(f"--batch {min(batches)}: expected at least 1")
+    size = args.size or "25m"
+    new_tokens = 16 if size == "small" else 128
+    rows = []
+    options = dict(size=size, batches=batches, new_tokens=new_tokens, repeats=args.repeats, only=args.only)
+    for row in decoding_benchmark.bench(**options):
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+        rows.append(row)
+    if not args.only:
+        rows += decoding_benchmark.loop_overhead(batches=batches, steps=64 if size == "small" else 1000, repeats=args.repeats)
+    if not rows:
+        raise ValueError(f"--only {args.only!r} fits none of the methods")
     return rows
 
 

@@ -1,18 +1,25 @@
-"""Exactness as a measurement: the enumerated law of a small model, and how far samples are from a law."""
+"""Exactness as a measurement: the enumerated law of a small model, how far samples are from a law, and both for many methods."""
 
 from __future__ import annotations
 
+import collections
 import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.decoding.speculate import Context, Sequences, Transform
+from jaxgen.decoding.speculate import Context, Proposer, Sequences, Sequential, Transform, speculate
 from jaxgen.decoding.step import StepFn, View
+from jaxgen.decoding.transforms import truncate
+from jaxgen.decoding.verify import Coupled, Rule
 
-__all__ = ["chi_square", "sequence_law", "total_variation"]
+__all__ = ["check_exact", "chi_square", "sequence_law", "total_variation"]
+
+# A deviate beyond this is an error: it happens once in 16,000 times by chance.
+LIMIT = 4.0
 
 
 def sequence_law(
@@ -89,3 +96,94 @@ def total_variation(counts: dict[tuple[int, ...], int], law: dict[tuple[int, ...
     total = sum(counts.values())
     cells = set(counts) | set(law)
     return 0.5 * sum(abs(counts.get(cell, 0) / total - law.get(cell, 0.0)) for cell in cells)
+
+
+def check_exact(
+    step: StepFn,
+    methods: Mapping[str, Callable[[Any], tuple[Proposer, Rule]]],
+    *,
+    params: Any,
+    cache: Callable[[int], Any],
+    cond: Callable[[int], Any] = lambda rows: None,
+    vocab: int,
+    prompt: tuple[int, ...] = (0,),
+    length: int = 3,
+    temperatures: tuple[float, ...] = (0.7, 1.3),
+    top_k: int = 0,
+    top_p: float = 0.0,
+    stop: tuple[int, ...] = (),
+    rows: int = 2048,
+    batches: int = 4,
+) -> list[dict]:
+    """Whether decoding methods keep the law of a user's own model, measured against all its sequences.
+
+    Every method samples `rows` sequences `batches` times at each temperature; their counts are compared with the enumerated law.
+    What `Coupled` checks must also be, token by token, what plain sampling gives with the same key.
+
+    Args:
+      step: the model; small enough in `vocab` and `length` to enumerate.
+      methods: by name, `(prompt [rows, p]) -> (proposer, rule)`.
+      params: passed to `step`.
+      cache: rows -> an empty cache with room for prompt, `length` and the largest query.
+      cond: rows -> the condition of so many rows.
+      vocab: v; v ** length is at most 20,000.
+      prompt: of all rows.
+      length: tokens to sample.
+      temperatures, top_k, top_p: of the laws.
+      stop: tokens that end a row.
+      rows: of a batch.
+      batches: keys.
+
+    Returns:
+      A row for each method and temperature: its normal deviate "z", its "tokens a call", and "same tokens" for coupled rules.
+
+    Raises:
+      ValueError: too many sequences to enumerate; or the list of methods whose samples are not from the law.
+
+    Example:
+      >>> methods = {"n-gram": lambda prompt: (NGram(3, 1), Rejection())}
+      >>> check_exact(step, methods, params=params, cache=init_cache, vocab=5)    # doctest: +SKIP
+    """
+    if vocab**length > 20_000:
+        raise ValueError(f"vocab={vocab} and length={length}: {vocab**length} sequences are too many to enumerate")
+    start = jnp.broadcast_to(jnp.array(prompt, jnp.int32), (rows, len(prompt)))
+
+    def transform(temperature):
+        return lambda logits, context: truncate(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def sampler(method):
+        @jax.jit
+        def sample(key, temperature):
+            proposer, rule = method(start)
+            given = dict(params=params, cache=cache(rows), cond=cond(rows), prompt=start, key=key, stop=stop)
+            end = len(prompt) + length
+            return speculate(step, proposer, rule, **given, max_length=end, transform=transform(temperature))
+
+        return sample
+
+    plain = sampler(lambda prompt: (Sequential(), Coupled()))
+    report, wrong = [], []
+    for name, method in methods.items():
+        sample, coupled = sampler(method), isinstance(method(start)[1], Coupled)
+        for temperature in temperatures:
+            whole = dict(params=params, cache=cache(vocab**length), cond=cond(vocab**length), prompt=list(prompt), stop=stop)
+            law = sequence_law(step, **whole, vocab=vocab, length=length, transform=transform(temperature))
+            counts: collections.Counter = collections.Counter()
+            calls = tokens = 0
+            same = True
+            for i in range(batches):
+                result = jax.device_get(sample(jax.random.key(i), temperature))
+                counts.update(tuple(row[len(prompt) : n].tolist()) for row, n in zip(result.tokens, result.length))
+                calls, tokens = calls + result.row_calls.sum(), tokens + (result.length - len(prompt)).sum()
+                if coupled:
+                    same &= np.array_equal(result.tokens, plain(jax.random.key(i), temperature).tokens)
+            z = chi_square(counts, law)
+            row = {"method": name, "temperature": temperature, "z": z, "tokens a call": float(tokens / calls)}
+            report.append(row | {"same tokens": bool(same)} if coupled else row)
+            if abs(z) >= LIMIT:
+                wrong.append(f"{name} at temperature {temperature}: z = {z:.1f}")
+            if coupled and not same:
+                wrong.append(f"{name} at temperature {temperature}: other tokens than plain sampling")
+    if wrong:
+        raise ValueError("these methods do not keep the model's law:\n- " + "\n- ".join(wrong))
+    return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxgen.decoding.step import Out, StepFn, View
 
-__all__ = ["Guided", "guide", "scale_ramp"]
+__all__ = ["Guided", "GuidedCache", "guide", "scale_ramp"]
 
 
 class Guided(NamedTuple):
@@ -24,15 +25,41 @@ class Guided(NamedTuple):
     weight: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GuidedCache:
+    """A cache of 2b rows as one of b, for samplers that commit another number of positions a row, such as `speculate`.
+
+    Attributes:
+      cache: rows of the condition, then those without it.
+    """
+
+    cache: Any
+
+    @property
+    def capacity(self) -> int | None:
+        """The positions that fit, None if the cache doesn't say."""
+        return getattr(self.cache, "capacity", None)
+
+    def commit(self, n, path=None) -> GuidedCache:
+        """See `KVCache.commit`."""
+        return GuidedCache(self.cache.commit(_twice(n, 1), _twice(path, 2)))
+
+    def restore(self, saved: GuidedCache) -> GuidedCache:
+        """See `KVCache.restore`."""
+        return GuidedCache(self.cache.restore(saved.cache))
+
+
 def guide(step: StepFn) -> StepFn:
     """A step over b rows from one over 2b (Ho & Salimans 2021): logits = (1 + t) conditional - t unconditional.
 
-    The cache must have 2b rows; the condition is a `Guided`; the view has b.
+    The cache must have 2b rows, or be a `GuidedCache` of such a one; the condition is a `Guided`; the view has b.
     """
 
     def guided(params, cache, view, cond: Guided):
         doubled = View(_twice(view.tokens, 1), _twice(view.pos, 2), _twice(view.mask, 3), _twice(view.time, 1))
-        out, cache = step(params, cache, doubled, cond.cond)
+        wrapped = isinstance(cache, GuidedCache)
+        out, cache = step(params, cache.cache if wrapped else cache, doubled, cond.cond)
         t = cond.weight
 
         def combine(x):
@@ -40,7 +67,7 @@ def guide(step: StepFn) -> StepFn:
             return (1 + t) * conditional - t * unconditional
 
         feats = None if out.feats is None else jnp.split(out.feats, 2)[0]
-        return Out(jax.tree.map(combine, out.params), feats), cache
+        return Out(jax.tree.map(combine, out.params), feats), GuidedCache(cache) if wrapped else cache
 
     return guided
 

@@ -133,7 +133,10 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], cache=None, layer=0, view_mask=None):
-        """Returns (output [b, l, d], cache). With a cache, x is staged in it and sees what the cache lets it see."""
+        """Returns (output [b, l, d], cache). With a cache, x is staged in it and sees what the cache lets it see.
+
+        Without one, `view_mask` (bool, [l, l] or [b, l, l]) replaces the mask where it is given.
+        """
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width {width}")
@@ -150,7 +153,8 @@ class SelfAttention(nn.Module):
             q = (l2_normalise(q) * jnp.exp(jnp.minimum(log_scale, MAX_LOG_SCALE))).astype(self.dtype)
             k = l2_normalise(k).astype(self.dtype)
             scale = 1.0
-        mask, implementation = self.mask, self.implementation
+        mask = self.mask if view_mask is None else view_mask[..., None, :, :]
+        implementation = self.implementation
         if cache is not None:
             cache = cache.stage(layer, k, v)
             k, v, mask = cache.read(layer, x.shape[1], view_mask)
