@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from jaxgen.decoding.verify import Rule, Verdict, verify
 __all__ = [
     "BROKEN",
     "FULL",
+    "Loop",
     "RUNNING",
     "STOPPED",
     "Context",
@@ -25,9 +27,12 @@ __all__ = [
     "Result",
     "Sequential",
     "Sequences",
+    "Transform",
+    "advance",
     "paths_of",
     "prefill",
     "speculate",
+    "vocabulary",
 ]
 
 # Status of a row: still going; met a stop token; reached its length; the model's logits were not numbers.
@@ -93,7 +98,7 @@ class Proposer(Protocol):
     topology: Topology | RuntimeTree
 
     def start(self, seq: Sequences, key: Key[Array, ""], vocab: int, out: Out | None) -> PyTree:
-        """The state after the prompt; `out` is what the target said of all its tokens but the last, None if it has just one."""
+        """The state after the prompt; `out` is what the target said of all its tokens but the last, None if that is not known."""
 
     def propose(self, state: PyTree, seq: Sequences, transform: Transform, key: Key[Array, ""]) -> tuple[Proposal, PyTree]:
         """Drafts what may follow."""
@@ -106,6 +111,7 @@ class Proposer(Protocol):
         """
 
 
+@dataclasses.dataclass(frozen=True)
 class Sequential:
     """No drafts: plain sampling, one target call a token."""
 
@@ -139,7 +145,17 @@ class Result(NamedTuple):
     row_calls: Int[Array, "b"]
 
 
-class _Carry(NamedTuple):
+class Loop(NamedTuple):
+    """What a round of speculative sampling changes.
+
+    Attributes:
+      seq: the tokens so far.
+      status: RUNNING, or how the row ended.
+      cache: of the target.
+      state: of the proposer.
+      calls, row_calls: see `Result`.
+    """
+
     seq: Sequences
     status: Int[Array, "b"]
     cache: PyTree
@@ -162,7 +178,7 @@ def speculate(
     limit: Int[Array, "b"] | None = None,
     key: Key[Array, ""],
     transform: Transform = lambda logits, context: logits.astype(jnp.float32),
-    stop: tuple[int, ...] = (),
+    stop: tuple[int, ...] | Int[Array, "*b n"] = (),
     rows: Int[Array, "b"] | None = None,
     noise: Noise = gumbel,
     pad: int = 0,
@@ -172,7 +188,7 @@ def speculate(
     Position j of a sequence is what `step` reads at `view.pos` = j to give the law of position j + 1. A model that starts from
     a condition instead of a token reads a start token there, whatever it is.
 
-    Call it inside `jax.jit`; all but `step`, `proposer`, `rule`, `max_length`, `transform`, `stop` and `pad` may be traced.
+    Call it inside `jax.jit`; all but `step`, `proposer`, `rule`, `max_length`, `transform` and `pad` may be traced.
 
     Args:
       step: the target.
@@ -187,7 +203,7 @@ def speculate(
       limit: the longest of each row; None is `max_length` for all.
       key: of the call; the noise of a row depends on it, on the row's number and on the position only.
       transform: logits to the logits that are sampled from, such as temperature and top-p.
-      stop: tokens that end a row.
+      stop: tokens that end a row; or an array of them, the same for all rows or a list a row, where -1 is none.
       rows: the number of each request; None is 0..b-1.
       noise: that the target's tokens come from, see `jaxgen.decoding.noise.Noise`.
       pad: fills what lies behind a row's end.
@@ -213,48 +229,14 @@ def speculate(
     buffer = jnp.zeros((b, max_length + width), jnp.int32).at[:, :p].set(prompt)
     seq = Sequences(buffer, length, rows)
     cache, out = prefill(step, params, cache, cond, prompt, length)
-    vocab = _vocabulary(step, params, cache, cond, b)
-    probes = jnp.tile(jnp.array(topology.probes, jnp.int32), (b, topology.drafts + 1))
+    vocab = vocabulary(step, params, cache, cond, b)
+    stops = jnp.asarray(stop, jnp.int32)
 
-    def round_(carry: _Carry) -> _Carry:
-        seq = carry.seq
-        proposal, state = proposer.propose(carry.state, seq, transform, key)
-        root = jnp.take_along_axis(seq.tokens, seq.length[:, None] - 1, axis=1)
-        _check_vocabulary(proposal, vocab)
-        nodes, shape = jnp.concatenate([root, proposal.tokens], axis=1), topology.shape(proposal.parents, b)
-        count, at = nodes.shape[1], seq.length[:, None] - 1 + shape.depth
-        out, cache = step(params, carry.cache, View(jnp.concatenate([nodes, probes], axis=1), at, shape.mask), cond)
-        logits = transform(out.params[:, :count], Context(seq, paths_of(nodes, shape.paths), at[:, :count] + 1))
-        log_p = jax.nn.log_softmax(logits, axis=-1)
-        verdict = verify(
-            rule,
-            topology,
-            log_p,
-            proposal.tokens,
-            proposal.log_q,
-            proposal.valid,
-            parents=shape.parents,
-            key=key,
-            rows=rows,
-            pos=seq.length,
-            noise=noise,
-        )
-        running = carry.status == RUNNING
-        broken = running & jnp.isnan(log_p).any(axis=(1, 2))
-        new = _emitted(nodes, verdict)
-        taken, ends = _cut(new, verdict.accepted + 1, limit - seq.length, stop)
-        taken = jnp.where(running & ~broken, taken, 0)
-        status = jnp.where(running & ends, STOPPED, carry.status)
-        status = jnp.where(running & ~ends & (seq.length + taken >= limit), FULL, status)
-        status = jnp.where(broken, BROKEN, status)
-        at = seq.length[:, None] + jnp.arange(width)
-        tokens = seq.tokens.at[jnp.arange(b)[:, None], at].set(new)
-        seq = Sequences(tokens, seq.length + taken, rows)
-        cache = cache.commit(taken) if topology.is_chain else cache.commit(taken, verdict.path)
-        state = proposer.update(state, seq, verdict, taken, log_p, out)
-        return _Carry(seq, status, cache, state, carry.calls + 1, carry.row_calls + running)
+    def round_(loop: Loop) -> Loop:
+        options = dict(params=params, cond=cond, limit=limit, key=key, transform=transform, stop=stops, noise=noise)
+        return advance(step, proposer, rule, loop, **options)
 
-    first = _Carry(
+    first = Loop(
         seq,
         jnp.where(length >= limit, FULL, RUNNING),
         cache,
@@ -262,24 +244,118 @@ def speculate(
         jnp.int32(0),
         jnp.zeros((b,), jnp.int32),
     )
-    done = jax.lax.while_loop(lambda carry: (carry.status == RUNNING).any(), round_, first)
+    done = jax.lax.while_loop(lambda loop: (loop.status == RUNNING).any(), round_, first)
     inside = jnp.arange(max_length) < done.seq.length[:, None]
     tokens = jnp.where(inside, done.seq.tokens[:, :max_length], pad)
     return Result(tokens, done.seq.length, done.status, done.calls, done.row_calls)
 
 
-def prefill(step: StepFn, params: PyTree, cache: PyTree, cond: PyTree, prompt: Int[Array, "b p"], length: Int[Array, "b"]):
-    """(cache, out) after all but the last token of each prompt, the first round's root; out is None if there is no other."""
+def advance(
+    step: StepFn,
+    proposer: Proposer,
+    rule: Rule,
+    loop: Loop,
+    *,
+    params: PyTree,
+    cond: PyTree,
+    limit: Int[Array, "b"],
+    key: Key[Array, "*b"],
+    transform: Transform,
+    stop: Int[Array, "*b n"],
+    noise: Noise = gumbel,
+) -> Loop:
+    """One round: the proposer drafts, the target checks, and each running row grows by what stays.
+
+    Arguments are those of `speculate`, besides:
+      key: one for all rows, or one a row.
+      stop: tokens that end a row, the same for all or a list a row; -1 is none.
+    """
+    seq, topology, b = loop.seq, proposer.topology, loop.seq.tokens.shape[0]
+    proposal, state = proposer.propose(loop.state, seq, transform, key)
+    root = jnp.take_along_axis(seq.tokens, seq.length[:, None] - 1, axis=1)
+    nodes, shape = jnp.concatenate([root, proposal.tokens], axis=1), topology.shape(proposal.parents, b)
+    probes = jnp.tile(jnp.array(topology.probes, jnp.int32), (b, topology.drafts + 1))
+    count, at = nodes.shape[1], seq.length[:, None] - 1 + shape.depth
+    out, cache = step(params, loop.cache, View(jnp.concatenate([nodes, probes], axis=1), at, shape.mask), cond)
+    _check_vocabulary(proposal, out.params.shape[-1])
+    logits = transform(out.params[:, :count], Context(seq, paths_of(nodes, shape.paths), at[:, :count] + 1))
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    verdict = verify(
+        rule,
+        topology,
+        log_p,
+        proposal.tokens,
+        proposal.log_q,
+        proposal.valid,
+        parents=shape.parents,
+        key=key,
+        rows=seq.rows,
+        pos=seq.length,
+        noise=noise,
+    )
+    running = loop.status == RUNNING
+    new = _emitted(nodes, verdict)
+    # Laws that are not numbers matter on the path that was taken only, where what comes before them stays.
+    place = jnp.arange(new.shape[1])
+    wrong = jnp.take_along_axis(jnp.isnan(log_p).any(axis=-1), verdict.path, axis=1) & (place <= verdict.accepted[:, None])
+    broken = wrong.any(axis=1)
+    count = jnp.where(broken, jnp.argmax(wrong, axis=1), verdict.accepted + 1)
+    taken, ends = _cut(new, count, limit - seq.length, stop)
+    taken = jnp.where(running, taken, 0)
+    status = jnp.where(broken, BROKEN, RUNNING)
+    status = jnp.where(seq.length + taken >= limit, FULL, status)
+    status = jnp.where(running, jnp.where(ends, STOPPED, status), loop.status)
+    at = seq.length[:, None] + place
+    tokens = seq.tokens.at[jnp.arange(b)[:, None], at].set(new)
+    seq = Sequences(tokens, seq.length + taken, seq.rows)
+    cache = cache.commit(taken) if topology.is_chain else cache.commit(taken, verdict.path)
+    state = proposer.update(state, seq, verdict, taken, log_p, out)
+    return Loop(seq, status, cache, state, loop.calls + 1, loop.row_calls + running)
+
+
+def prefill(
+    step: StepFn,
+    params: PyTree,
+    cache: PyTree,
+    cond: PyTree,
+    prompt: Int[Array, "b p"],
+    length: Int[Array, "b"],
+    *,
+    chunk: int = 0,
+):
+    """(cache, out) after all but the last token of each prompt, the first round's root; out is None if there is no other.
+
+    With `chunk`, as many tokens are read at once, and out is None if that is not all at once.
+    """
     q = prompt.shape[1] - 1
     cache = cache.commit(jnp.zeros(length.shape, jnp.int32))  # a length a row from here on
     if not q:
         return cache, None
+    if chunk and q > chunk:
+        return _prefill_in_chunks(step, params, cache, cond, prompt[:, :q], length - 1, chunk), None
     view = View(prompt[:, :q], jnp.broadcast_to(jnp.arange(q), (prompt.shape[0], q)), jnp.tril(jnp.ones((q, q), bool)))
     out, cache = step(params, cache, view, cond)
     return cache.commit(length - 1), out
 
 
-def _vocabulary(step, params, cache, cond, b: int) -> int:
+def _prefill_in_chunks(step, params, cache, cond, tokens, length, chunk: int):
+    b, q = tokens.shape
+    tokens = jnp.pad(tokens, ((0, 0), (0, -q % chunk)))
+    mask = jnp.tril(jnp.ones((chunk, chunk), bool))
+
+    def read(carry):
+        start, cache = carry
+        block = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+        view = View(block, jnp.broadcast_to(start + jnp.arange(chunk), (b, chunk)), mask)
+        _, cache = step(params, cache, view, cond)
+        return start + chunk, cache.commit(jnp.clip(length - start, 0, chunk))
+
+    # As many chunks as the longest prompt has, however many would fit.
+    return jax.lax.while_loop(lambda carry: carry[0] < length.max(), read, (jnp.int32(0), cache))[1]
+
+
+def vocabulary(step: StepFn, params: PyTree, cache: PyTree, cond: PyTree, b: int) -> int:
+    """v, the tokens that the step's laws are over."""
     view = View(jnp.zeros((b, 1), jnp.int32), jnp.zeros((b, 1), jnp.int32), jnp.ones((1, 1), bool))
     out, _ = jax.eval_shape(lambda: step(params, cache, view, cond))
     return out.params.shape[-1]
@@ -305,13 +381,11 @@ def _emitted(nodes: Int[Array, "b m"], verdict: Verdict) -> Int[Array, "b d"]:
     return jnp.where(place == verdict.accepted[:, None], verdict.token[:, None], accepted)
 
 
-def _cut(new: Int[Array, "b d"], count: Int[Array, "b"], room: Int[Array, "b"], stop: tuple[int, ...]):
+def _cut(new: Int[Array, "b d"], count: Int[Array, "b"], room: Int[Array, "b"], stop: Int[Array, "*b n"]):
     """(how many of the new tokens count, whether they end with a stop token)."""
     place = jnp.arange(new.shape[1])
     count = jnp.minimum(count, room)
-    if not stop:
-        return count, jnp.zeros(count.shape, bool)
-    stops = (new[..., None] == jnp.asarray(stop)).any(axis=-1) & (place < count[:, None])
+    stops = (new[..., None] == stop[..., None, :]).any(axis=-1) & (place < count[:, None])
     first = jnp.argmax(stops, axis=1)
     return jnp.where(stops.any(axis=1), first + 1, count), stops.any(axis=1)
 
