@@ -3,10 +3,12 @@
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.check import check_step
 from jaxgen.decoding.guidance import Guided, guide, scale_ramp
+from jaxgen.decoding.jacobi import Jacobi
 from jaxgen.decoding.next_scale import Known, Settings, sample_scales
 from jaxgen.decoding.next_token import sample_tokens
 from jaxgen.decoding.noise import gumbel, uniform
-from jaxgen.decoding.proposers import DraftModel, Jacobi, NGram
+from jaxgen.decoding.proposers import DraftModel, NGram
+from jaxgen.decoding.recurrent_cache import HybridCache, Nodes, RecurrentCache
 from jaxgen.decoding.speculate import Context, Proposal, Proposer, Result, Sequences, Sequential, speculate
 from jaxgen.decoding.step import Out, StepFn, View
 from jaxgen.decoding.topology import Topology, branches, chain, chains
@@ -18,14 +20,17 @@ __all__ = [
     "Coupled",
     "DraftModel",
     "Guided",
+    "HybridCache",
     "Jacobi",
     "KSeq",
     "KVCache",
     "Known",
     "NGram",
+    "Nodes",
     "Out",
     "Proposal",
     "Proposer",
+    "RecurrentCache",
     "Rejection",
     "Result",
     "Rule",

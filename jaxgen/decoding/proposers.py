@@ -1,4 +1,4 @@
-"""Drafters that need nothing but a step function or the tokens so far: another model, repeated n-grams, the last pass itself."""
+"""Drafters that need nothing but a step function or the tokens so far: another model, repeated n-grams."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.decoding.noise import DRAFT, TARGET, gumbel
+from jaxgen.decoding.noise import DRAFT, gumbel
 from jaxgen.decoding.speculate import Context, Proposal, paths_of, prefill
 from jaxgen.decoding.step import StepFn, View
 from jaxgen.decoding.topology import Topology, chain
 
-__all__ = ["DraftModel", "Jacobi", "NGram"]
+__all__ = ["DraftModel", "NGram", "without"]
 
 PyTree = Any
 
@@ -31,13 +31,15 @@ class DraftModel:
     Attributes:
       step: the draft; it reads the same tokens as the target.
       params: passed to `step`.
-      cache: empty, with room for `max_length` + drafts positions.
+      cache: empty, with room for `max_length` + drafts (and `reach`) positions.
       cond: passed to `step`.
       prompt: the target's.
       topology: of the drafts.
       replacement: draw siblings independently (`KSeq`, `Rejection`); else without replacement, each with the law that is left
         (`Rejection`).
       coupled: draw with the target's own noise, for `Coupled`: the nearer q is to p, the more agree.
+      reach: how many tokens may have become certain since the last call; 0 is as many as a round of this topology makes.
+      chunk: tokens of the prompt to read at once, for caches that hold no more; 0 is all.
     """
 
     step: StepFn
@@ -48,20 +50,22 @@ class DraftModel:
     topology: Topology
     replacement: bool = False
     coupled: bool = False
+    reach: int = 0
+    chunk: int = 0
 
     def __post_init__(self):
         if self.coupled and self.replacement:
             raise ValueError("coupled=True: siblings that share the target's noise are equal; set replacement=False")
 
     def start(self, seq, key, vocab, out):
-        cache, _ = prefill(self.step, self.params, self.cache, self.cond, self.prompt, seq.length)
+        cache, _ = prefill(self.step, self.params, self.cache, self.cond, self.prompt, seq.length, chunk=self.chunk)
         return _Draft(cache, jnp.ones(seq.length.shape, jnp.int32))
 
     def propose(self, state, seq, transform, key):
         topology, b = self.topology, seq.tokens.shape[0]
         rows, root = jnp.arange(b)[:, None], seq.length - 1
         # What became certain since the last round, the root at its end; slots behind the root are read but not kept.
-        width = len(topology.levels) + 1
+        width = max(len(topology.levels) + 1, self.reach)
         pos = (seq.length - state.behind)[:, None] + jnp.arange(width)
         view = View(seq.tokens[rows, pos], pos, jnp.tril(jnp.ones((width, width), bool)))
         out, cache = self.step(self.params, state.cache, view, self.cond)
@@ -105,15 +109,19 @@ class DraftModel:
             nodes, laws = nodes.at[:, children].set(token[:, parents]), laws.at[:, children].set(log_q[:, parents])
             if not self.replacement:
                 # The largest perturbed logits, one after another, are draws without replacement (Kool et al. 2019).
-                log_q = _without(log_q, jax.nn.one_hot(token, log_q.shape[-1], dtype=bool))
+                log_q = without(log_q, jax.nn.one_hot(token, log_q.shape[-1], dtype=bool))
         return nodes, laws
 
     def update(self, state, seq, verdict, taken, log_p, out):
         return state._replace(behind=taken)
 
+    def rewind(self, state: _Draft, saved: _Draft) -> _Draft:
+        """`saved`, which `state` was made from by proposals and updates that are not to count."""
+        return saved._replace(cache=state.cache.restore(saved.cache))
 
-def _without(log_q, taken):
-    """The law without some tokens; where nothing is left, as it was."""
+
+def without(log_q: Float[Array, "*b v"], taken: Bool[Array, "*b v"]) -> Float[Array, "*b v"]:
+    """The law without some tokens, normalised; where nothing is left, as it was."""
     left = jnp.where(taken, -jnp.inf, log_q)
     total = jax.nn.logsumexp(left, axis=-1, keepdims=True)
     return jnp.where(jnp.isfinite(total), left - jnp.where(jnp.isfinite(total), total, 0.0), log_q)
@@ -159,55 +167,3 @@ class NGram:
 
     def update(self, state, seq, verdict, taken, log_p, out):
         return state
-
-
-class _Window(NamedTuple):
-    tokens: Int[Array, "b n"]
-    log_q: Float[Array, "b n v"]
-    key: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Jacobi:
-    """Speculative Jacobi decoding (Teng et al. 2024): the drafts of a window are what the last pass would sample there.
-
-    Every pass gives the target's law at all slots. The drafts that were not accepted are drawn anew from it, and that law is
-    what they are checked against in the next pass; slots that enter the window are drawn uniformly.
-
-    Attributes:
-      length: drafts in the window.
-      coupled: draw with the target's own noise, for `Coupled`.
-    """
-
-    length: int
-    coupled: bool = False
-
-    def __post_init__(self):
-        if self.length < 1:
-            raise ValueError(f"length={self.length} must be at least 1")
-
-    @property
-    def topology(self) -> Topology:
-        """A chain."""
-        return chain(self.length)
-
-    def start(self, seq, key, vocab, out):
-        b = seq.length.shape[0]
-        uniform = jnp.full((b, self.length, vocab), -jnp.log(vocab))
-        return _Window(self._draw(uniform, seq, key), uniform, key)
-
-    def propose(self, state, seq, transform, key):
-        return Proposal(state.tokens, state.log_q), state
-
-    def update(self, state, seq, verdict, taken, log_p, out):
-        # Node i's law is of the i-th position after the old end: slot j of the new window is node taken + j.
-        n, v = self.length, log_p.shape[-1]
-        node = taken[:, None] + jnp.arange(n)
-        law = jnp.take_along_axis(log_p, jnp.minimum(node, n)[..., None], axis=1)
-        law = jnp.where((node <= n)[..., None], law, -jnp.log(v))
-        return _Window(self._draw(law, seq, state.key), law, state.key)
-
-    def _draw(self, law, seq, key):
-        pos = seq.length[:, None] + jnp.arange(self.length)
-        noise = gumbel(key, seq.rows, pos, law.shape[-1], stream=TARGET if self.coupled else DRAFT)
-        return jnp.argmax(law + noise, axis=-1).astype(jnp.int32)

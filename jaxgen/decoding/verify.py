@@ -8,6 +8,7 @@ instead. Exact rules leave the law of the emitted sequence p, whatever q is.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxgen.decoding.noise import ACCEPT, Noise, gumbel, uniform
 from jaxgen.decoding.topology import RuntimeTree, Topology
 
-__all__ = ["Coupled", "KSeq", "Level", "Rejection", "Rule", "Verdict", "verify"]
+__all__ = ["Coupled", "KSeq", "Level", "Rejection", "Relaxed", "Rule", "Verdict", "in_turn", "verify"]
 
 
 class Level(NamedTuple):
@@ -146,6 +147,37 @@ class Coupled:
         return jnp.where(agrees.any(axis=1), jnp.argmax(agrees, axis=1), -1), level.log_p
 
 
+class Relaxed(NamedTuple):
+    """What a rule of `in_turn` makes of one candidate x: it is accepted with probability min(1, mass_p / mass_q).
+
+    Attributes:
+      mass_p: p(x), or what counts as such.
+      mass_q: q(x), or what counts as such.
+      p: the law that q is taken from when x is rejected.
+    """
+
+    mass_p: Float[Array, "b"]
+    mass_q: Float[Array, "b"]
+    p: Float[Array, "b v"]
+
+
+def in_turn(
+    level: Level, relax: Callable[[Float[Array, "b v"], Float[Array, "b v"], Int[Array, "b"]], Relaxed]
+) -> tuple[Int[Array, "b"], Float[Array, "b v"]]:
+    """Tries the candidates one after another, each against what is left of p: a `Rule` made from `relax(p, q, x)`."""
+    b, c = level.tokens.shape
+    p, choice = jnp.exp(level.log_p), jnp.full((b,), -1, jnp.int32)
+    for i in range(c):
+        x = level.tokens[:, i]
+        q = jax.nn.one_hot(x, p.shape[-1]) if level.log_q is None else jnp.exp(level.log_q[:, i])
+        against = relax(p, q, x)
+        tried = level.valid[:, i] & (choice < 0)
+        take = level.u[:, i] * against.mass_q < against.mass_p
+        choice = jnp.where(tried & take, i, choice)
+        p = jnp.where((tried & ~take)[:, None], _normalised(jnp.maximum(against.p - q, 0.0), p), p)
+    return choice, _log(p)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rejection:
     """Tries the candidates in turn: accept x with probability min(1, p(x) / q(x)), else p <- normalised (p - q)+.
@@ -156,16 +188,7 @@ class Rejection:
     """
 
     def __call__(self, level: Level) -> tuple[Array, Array]:
-        b, c = level.tokens.shape
-        p, choice = jnp.exp(level.log_p), jnp.full((b,), -1, jnp.int32)
-        for i in range(c):
-            x = level.tokens[:, i]
-            q = jax.nn.one_hot(x, p.shape[-1]) if level.log_q is None else jnp.exp(level.log_q[:, i])
-            tried = level.valid[:, i] & (choice < 0)
-            take = level.u[:, i] * _at(q, x) < _at(p, x)
-            choice = jnp.where(tried & take, i, choice)
-            p = jnp.where((tried & ~take)[:, None], _normalised(jnp.maximum(p - q, 0.0), p), p)
-        return choice, _log(p)
+        return in_turn(level, lambda p, q, x: Relaxed(_at(p, x), _at(q, x), p))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,12 +90,12 @@ class NextTokenTransformer(nn.Module):
         x, cache = self.transformer(before + self.position[view.pos], cond, cache, view.mask)
         return Out(self.head(x, cond), x), cache
 
-    def init_cache(self, batch: int) -> KVCache:
-        """An empty cache with room for a sample."""
+    def init_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        """An empty cache with room for `capacity` positions; None is a sample's."""
         return KVCache.zeros(
             layers=self.depth,
             batch=batch,
-            capacity=self.length,
+            capacity=capacity or self.length,
             heads=self.heads,
             head_size=self.width // self.heads,
             dtype=self.dtype,

@@ -10,7 +10,8 @@ import pytest
 
 from jaxgen.decoding import View, truncate
 from jaxgen.decoding.conformance import chi_square, sequence_law
-from jaxgen.decoding.proposers import DraftModel, Jacobi, NGram
+from jaxgen.decoding.jacobi import Jacobi
+from jaxgen.decoding.proposers import DraftModel, NGram
 from jaxgen.decoding.speculate import BROKEN, FULL, STOPPED, Proposal, Sequential, speculate
 from jaxgen.decoding.topology import RuntimeTree, Topology, branches, chain, chains
 from jaxgen.decoding.verify import Coupled, KSeq, Rejection
