@@ -51,6 +51,7 @@ class Case:
       backward: also the gradients, to all float arguments.
       mask: of attention.
       bucket: dtype, head_size, length and density, for `kernels_pallas.tuning`.
+      prepare: random arguments to such as the op takes: decays below 1, keys of unit length.
     """
 
     name: str
@@ -62,11 +63,17 @@ class Case:
     backward: bool = False
     mask: BlockMask | None = None
     bucket: dict = dataclasses.field(default_factory=dict)
+    prepare: Callable = lambda *args: args
 
     @property
     def op(self) -> str:
         """The first part of the name."""
         return self.name.split("/")[0]
+
+    @property
+    def kind(self) -> str:
+        """Of attention its mask ("var", "hmar", "diffusion"), of linear ones the recurrence ("retention", "gla", "delta")."""
+        return self.name.split("/")[1].split("-")[0]
 
     def build(self, **options) -> tuple[Callable, tuple]:
         """(function of the arguments, their shapes)."""
@@ -77,10 +84,11 @@ class Case:
         return _gradients(fn) if self.backward else fn
 
     def inputs(self, seed: int = 0) -> tuple:
-        """Random arguments: normal floats, and integers as the case needs them."""
+        """Random arguments: normal floats, as `prepare` leaves them, and integers as the case needs them."""
         leaves, tree = jax.tree.flatten(self.shapes)
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        return jax.tree.unflatten(tree, [_random(key, x) for key, x in zip(keys, leaves)])
+        args = jax.tree.unflatten(tree, [_random(key, x) for key, x in zip(keys, leaves)])
+        return jax.jit(self.prepare)(*args)
 
 
 def _random(key, x):
@@ -146,12 +154,13 @@ def _linear(op: str, batch: int, length: int, heads: int, size: int, backward: b
         "delta": (x, x, x, gate, gate),
     }[op]
 
-    def fn(q, k, v, log_decay, beta=None, implementation=None):
-        decay = -jax.nn.softplus(log_decay.astype(jnp.float32))
+    def prepare(q, k, v, log_decay, *beta):
         if op == "delta":
             k = k / jnp.linalg.norm(k.astype(jnp.float32), axis=-1, keepdims=True).astype(k.dtype)
-            return gated_delta(q, k, v, decay, jax.nn.sigmoid(beta), implementation=implementation)[0]
-        return linear_attention(q, k, v, decay, implementation=implementation)[0]
+        return q, k, v, -jax.nn.softplus(log_decay), *map(jax.nn.sigmoid, beta)
+
+    def fn(*args, implementation=None):
+        return (gated_delta if op == "delta" else linear_attention)(*args, implementation=implementation)[0]
 
     chunk = 64
     products = (4 * size + 4 * chunk) * (1.5 if op == "delta" else 1)
@@ -159,7 +168,7 @@ def _linear(op: str, batch: int, length: int, heads: int, size: int, backward: b
     traffic = (_size(shapes) + _size(x)) * (2 if backward else 1)
     name = f"{'delta' if op == 'delta' else 'linear'}/{op}-b{batch}-t{length}-h{heads}-d{size}"
     bucket = {"dtype": "bfloat16", "head_size": size, "length": length, "density": 1.0}
-    return Case(name + "/backward" * backward, fn, shapes, flops, flops, traffic, backward, bucket=bucket)
+    return Case(name + "/backward" * backward, fn, shapes, flops, flops, traffic, backward, prepare=prepare, bucket=bucket)
 
 
 def _decode(batch: int, length: int, heads: int, kv_heads: int, size: int, tree: int = 0) -> Case:

@@ -10,11 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import hopper_tiles as tiles
 from kernels_pallas import mosaic_gpu
 from kernels_pallas.attention import hopper_backward
-from kernels_pallas.attention import hopper_tiles as tiles
+from kernels_pallas.attention import hopper_work as work
 from kernels_pallas.attention.hopper_backward import backward
 from kernels_pallas.attention.problem import Problem
+from kernels_pallas.base2 import LOG2E
 from kernels_pallas.block_mask import EMPTY, BlockMask
 from kernels_pallas.device import Device
 from kernels_pallas.tuning import tuned
@@ -44,7 +46,7 @@ def static_choice(problem: Problem, device: Device) -> Blocks:
 
 def shared_memory(problem: Problem, blocks: Blocks) -> int:
     """Bytes of shared memory that the forward kernel's tiles take."""
-    rows = tiles.WARPGROUPS * tiles.ROWS
+    rows = work.WARPGROUPS * work.ROWS
     return 2 * problem.head_size * (rows + 2 * blocks.stages * blocks.block_k) + 4 * rows
 
 
@@ -63,8 +65,8 @@ def refuses(problem: Problem, device: Device) -> str | None:
     for choice, total in ((static_choice, shared_memory), (hopper_backward.static_choice, hopper_backward.shared_memory)):
         blocks = choice(problem, device)
         size = total(problem, blocks)
-        if size > tiles.SHARED_MEMORY:
-            return f"{blocks} take {size} bytes of shared memory, of which there are {tiles.SHARED_MEMORY}"
+        if size > work.SHARED_MEMORY:
+            return f"{blocks} take {size} bytes of shared memory, of which there are {work.SHARED_MEMORY}"
     return None
 
 
@@ -87,26 +89,26 @@ def forward(
     """
     b, sq, h, d = q.shape
     blocks = static_choice(Problem.of(q, k, mask, scale), device)
-    rows, bk = tiles.ROWS, blocks.block_k
-    schedule = tiles.schedule(mask.planned((rows, bk)), ragged=mask.shape[1] % bk > 0)
-    q_meta, k_meta = tiles.metadata(mask, (tiles.WARPGROUPS * rows, bk))
+    rows, bk = work.ROWS, blocks.block_k
+    schedule = work.schedule(mask.planned((rows, bk)), ragged=mask.shape[1] % bk > 0)
+    q_meta, k_meta = work.metadata(mask, (work.WARPGROUPS * rows, bk))
     q, k, v = tiles.pad_length(q, k, v)
 
     def block(*refs):
-        _block(*refs, mask=mask, bits=scale * tiles.LOG2E, blocks=blocks)
+        _block(*refs, mask=mask, bits=scale * LOG2E, blocks=blocks)
 
-    o, lse = tiles.launch(
+    o, lse = work.launch(
         "attention_forward",
         block,
         device,
         arrays=(q, k, v, q_meta, k_meta, jnp.asarray(schedule)),
         outputs=[(q.shape, q.dtype), ((b, h, q_meta.shape[1]), jnp.float32)],
         scratch={
-            "q": tiles.tile(rows, d, q.dtype),
-            "lse": plgpu.SMEM((tiles.WARPGROUPS, rows), jnp.float32),
-            "loaded": plgpu.Barrier(num_barriers=tiles.WARPGROUPS),
-            "turn": plgpu.Barrier(num_arrivals=tiles.WARPGROUPS, num_barriers=1),
-            **tiles.stage(bk, v.dtype, device),
+            "q": work.tile(rows, d, q.dtype),
+            "lse": plgpu.SMEM((work.WARPGROUPS, rows), jnp.float32),
+            "loaded": plgpu.Barrier(num_barriers=work.WARPGROUPS),
+            "turn": plgpu.Barrier(num_arrivals=work.WARPGROUPS, num_barriers=1),
+            **work.stage(bk, v.dtype, device),
         },
         # The tiles of one head run side by side and share its keys and values in the L2 cache, as do the heads of a group.
         grid={"b": b, "h": h, "i": len(schedule)},
@@ -117,9 +119,9 @@ def forward(
 def _block(q_g, k_g, v_g, q_meta_g, k_meta_g, schedule_g, o_g, lse_g, scratch, *, mask, bits, blocks):
     """One thread block: 64 queries for each of two warpgroups, over the tiles of keys and values that either needs."""
     b, h, i, wg = (lax.axis_index(name) for name in ("b", "h", "i", "wg"))
-    rows, bk, d = tiles.ROWS, blocks.block_k, q_g.shape[-1]
+    rows, bk, d = work.ROWS, blocks.block_k, q_g.shape[-1]
     g = lax.div(h, jnp.int32(q_g.shape[2] // k_g.shape[2]))
-    visits = tiles.Visits(schedule_g, i, wg)
+    visits = work.Visits(schedule_g, i, wg)
     own = pl.ds(visits.start, rows)
     q_s, lse_s, loaded = (scratch[name].at[wg] for name in ("q", "lse", "loaded"))
     stage = scratch["stage"].at[wg] if "stage" in scratch else None
@@ -142,7 +144,7 @@ def _block(q_g, k_g, v_g, q_meta_g, k_meta_g, schedule_g, o_g, lse_g, scratch, *
         total = jnp.where(dead, 1.0, total)
         # All products of this warpgroup, the only reader of its queries, have been waited for: the output takes their place.
         q_s[...] = (acc * lax.broadcast_in_dim(1.0 / total, acc.shape, [0])).astype(q_g.dtype)
-        lse_s[...] = jnp.where(dead, -jnp.inf, (top + jnp.log2(total)) / tiles.LOG2E)
+        lse_s[...] = jnp.where(dead, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
         plgpu.commit_smem()  # makes all threads' writes visible to the copy engine
         plgpu.copy_smem_to_gmem(q_s, o_g.at[b, own, h])
         plgpu.copy_smem_to_gmem(lse_s, lse_g.at[b, h, own])
@@ -158,9 +160,9 @@ def _block(q_g, k_g, v_g, q_meta_g, k_meta_g, schedule_g, o_g, lse_g, scratch, *
             plgpu.barrier_arrive(k_done)
 
             def ok():
-                return tiles.allowed(mask, q_meta_g, k_meta_g, visits.start, visit.index * bk, (rows, bk))
+                return work.allowed(mask, q_meta_g, k_meta_g, visits.start, visit.index * bk, (rows, bk))
 
-            s = tiles.masked(s, visit.kind, ok)
+            s = work.masked(s, visit.kind, ok)
             # `top` is in bits, like the exponents, so that scaling s and subtracting it is one instruction.
             new_top = jnp.maximum(top, s.max(axis=1) * bits)
             base = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # nothing allowed so far: exp2(-inf - 0) = 0, not nan
@@ -184,4 +186,4 @@ def _block(q_g, k_g, v_g, q_meta_g, k_meta_g, schedule_g, o_g, lse_g, scratch, *
         return lax.cond(visit.kind == EMPTY, skip, attend, carry)
 
     spec = plgpu.BlockSpec((bk, d), lambda t: (visits[t].index, 0), transforms=tiles.transforms(d))
-    tiles.stream(step, compute, (visits.count,), [spec, spec], blocks.stages)(k_g.at[b, :, g], v_g.at[b, :, g])
+    work.stream(step, compute, (visits.count,), [spec, spec], blocks.stages)(k_g.at[b, :, g], v_g.at[b, :, g])

@@ -11,9 +11,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import hopper_tiles as tiles
 from kernels_pallas import mosaic_gpu
-from kernels_pallas.attention import hopper_tiles as tiles
+from kernels_pallas.attention import hopper_work as work
 from kernels_pallas.attention.problem import Problem
+from kernels_pallas.base2 import LOG2E
 from kernels_pallas.block_mask import EMPTY, BlockMask
 from kernels_pallas.device import Device
 from kernels_pallas.tuning import tuned
@@ -46,7 +48,7 @@ def static_choice(problem: Problem, device: Device) -> Blocks:
 
 def shared_memory(problem: Problem, blocks: Blocks) -> int:
     """Bytes of shared memory that the tiles of the hungrier kernel take."""
-    rows = tiles.WARPGROUPS * tiles.ROWS
+    rows = work.WARPGROUPS * work.ROWS
     position = 2 * 2 * problem.head_size  # its query and gradient, or its key and value
     dq = position * (rows + blocks.stages_k * blocks.block_k)
     dkv = position * rows + (position + 2 * 4) * blocks.stages_q * blocks.block_q
@@ -85,7 +87,7 @@ def backward(
     """
     sq, sk = mask.shape
     blocks = static_choice(Problem.of(q, k, mask, scale), device)
-    whole = math.lcm(tiles.WARPGROUPS * tiles.ROWS, blocks.block_q)
+    whole = math.lcm(work.WARPGROUPS * work.ROWS, blocks.block_q)
     terms = _row_terms(lse, delta, scale, -(-sq // whole) * whole)
     q, k, v, do = tiles.pad_length(q, k, v, do)
     static = dict(mask=mask, scale=scale, device=device, blocks=blocks)
@@ -104,7 +106,7 @@ def _row_terms(lse: jax.Array, delta: jax.Array, scale: float, length: int) -> t
     def rows(x, fill):
         return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - x.shape[1])), constant_values=fill)
 
-    return rows(jnp.where(dead, jnp.inf, lse * tiles.LOG2E), jnp.inf), rows(jnp.where(dead, 0.0, delta * scale), 0.0)
+    return rows(jnp.where(dead, jnp.inf, lse * LOG2E), jnp.inf), rows(jnp.where(dead, 0.0, delta * scale), 0.0)
 
 
 def _two_products(a, b, c, e, then):
@@ -123,19 +125,19 @@ def _two_products(a, b, c, e, then):
 
 def _grad_q(q, k, v, do, lse, delta, *, mask, scale, device, blocks):
     b, _, h, d = q.shape
-    rows, bk = tiles.ROWS, blocks.block_k
-    schedule = tiles.schedule(mask.planned((rows, bk)), ragged=mask.shape[1] % bk > 0)
-    (dq,) = tiles.launch(
+    rows, bk = work.ROWS, blocks.block_k
+    schedule = work.schedule(mask.planned((rows, bk)), ragged=mask.shape[1] % bk > 0)
+    (dq,) = work.launch(
         "attention_dq",
         lambda *refs: _q_block(*refs, mask=mask, scale=scale, blocks=blocks),
         device,
-        arrays=(q, k, v, do, lse, delta, *tiles.metadata(mask, (tiles.WARPGROUPS * rows, bk)), jnp.asarray(schedule)),
+        arrays=(q, k, v, do, lse, delta, *work.metadata(mask, (work.WARPGROUPS * rows, bk)), jnp.asarray(schedule)),
         outputs=[(q.shape, q.dtype)],
         scratch={
-            "q": tiles.tile(rows, d, q.dtype),
-            "do": tiles.tile(rows, d, q.dtype),
-            "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.WARPGROUPS),
-            **tiles.stage(bk, q.dtype, device),
+            "q": work.tile(rows, d, q.dtype),
+            "do": work.tile(rows, d, q.dtype),
+            "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=work.WARPGROUPS),
+            **work.stage(bk, q.dtype, device),
         },
         grid={"b": b, "h": h, "i": len(schedule)},
     )
@@ -145,9 +147,9 @@ def _grad_q(q, k, v, do, lse, delta, *, mask, scale, device, blocks):
 def _q_block(q_g, k_g, v_g, do_g, lse_g, delta_g, q_meta_g, k_meta_g, schedule_g, dq_g, scratch, *, mask, scale, blocks):
     """One thread block: 64 queries for each of two warpgroups, over the tiles of keys and values that either needs."""
     b, h, i, wg = (lax.axis_index(name) for name in ("b", "h", "i", "wg"))
-    rows, bk, d = tiles.ROWS, blocks.block_k, q_g.shape[-1]
+    rows, bk, d = work.ROWS, blocks.block_k, q_g.shape[-1]
     g = lax.div(h, jnp.int32(q_g.shape[2] // k_g.shape[2]))
-    visits = tiles.Visits(schedule_g, i, wg)
+    visits = work.Visits(schedule_g, i, wg)
     own = pl.ds(visits.start, rows)
     q_s, do_s, loaded = (scratch[name].at[wg] for name in ("q", "do", "loaded"))
     stage = scratch["stage"].at[wg] if "stage" in scratch else None
@@ -171,11 +173,11 @@ def _q_block(q_g, k_g, v_g, do_g, lse_g, delta_g, q_meta_g, k_meta_g, schedule_g
             dq, lse, delta = carry
 
             def ok():
-                return tiles.allowed(mask, q_meta_g, k_meta_g, visits.start, visit.index * bk, (rows, bk))
+                return work.allowed(mask, q_meta_g, k_meta_g, visits.start, visit.index * bk, (rows, bk))
 
             def softmax(s):
-                s = tiles.masked(s, visit.kind, ok)
-                return jnp.exp2(s * (scale * tiles.LOG2E) - lax.broadcast_in_dim(lse, s.shape, [0]))
+                s = work.masked(s, visit.kind, ok)
+                return jnp.exp2(s * (scale * LOG2E) - lax.broadcast_in_dim(lse, s.shape, [0]))
 
             p, dp = _two_products(q_s, k_s.T, do_s, v_s.T, softmax)
             plgpu.barrier_arrive(v_done)
@@ -193,25 +195,25 @@ def _q_block(q_g, k_g, v_g, do_g, lse_g, delta_g, q_meta_g, k_meta_g, schedule_g
 
     # Values come first, since the copying warpgroup waits in this order, and they are done with first.
     spec = plgpu.BlockSpec((bk, d), lambda t: (visits[t].index, 0), transforms=tiles.transforms(d))
-    tiles.stream(step, compute, (visits.count,), [spec, spec], blocks.stages_k)(v_g.at[b, :, g], k_g.at[b, :, g])
+    work.stream(step, compute, (visits.count,), [spec, spec], blocks.stages_k)(v_g.at[b, :, g], k_g.at[b, :, g])
 
 
 def _grad_kv(q, k, v, do, lse, delta, *, mask, scale, device, blocks):
     b, _, g, d = k.shape
-    rows, bq = tiles.ROWS, blocks.block_q
+    rows, bq = work.ROWS, blocks.block_q
     # Not ragged: gradients of keys past the last are dropped, and queries past the last have p = 0.
-    schedule = tiles.schedule(mask.planned((bq, rows)).T)
-    return tiles.launch(
+    schedule = work.schedule(mask.planned((bq, rows)).T)
+    return work.launch(
         "attention_dkv",
         lambda *refs: _kv_block(*refs, mask=mask, scale=scale, blocks=blocks),
         device,
-        arrays=(q, k, v, do, lse, delta, *tiles.metadata(mask, (bq, tiles.WARPGROUPS * rows)), jnp.asarray(schedule)),
+        arrays=(q, k, v, do, lse, delta, *work.metadata(mask, (bq, work.WARPGROUPS * rows)), jnp.asarray(schedule)),
         outputs=[(k.shape, k.dtype), (v.shape, v.dtype)],
         scratch={
-            "k": tiles.tile(rows, d, k.dtype),
-            "v": tiles.tile(rows, d, v.dtype),
-            "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.WARPGROUPS),
-            **tiles.stage(bq, k.dtype, device),
+            "k": work.tile(rows, d, k.dtype),
+            "v": work.tile(rows, d, v.dtype),
+            "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=work.WARPGROUPS),
+            **work.stage(bq, k.dtype, device),
         },
         grid={"b": b, "g": g, "i": len(schedule)},
     )
@@ -223,9 +225,9 @@ def _kv_block(q_g, k_g, v_g, do_g, lse_g, delta_g, q_meta_g, k_meta_g, schedule_
     Tiles are transposed, keys by queries, so that p and ds come out as the first operands of dv and dk.
     """
     b, g, i, wg = (lax.axis_index(name) for name in ("b", "g", "i", "wg"))
-    rows, bq, d = tiles.ROWS, blocks.block_q, q_g.shape[-1]
+    rows, bq, d = work.ROWS, blocks.block_q, q_g.shape[-1]
     group = q_g.shape[2] // k_g.shape[2]
-    visits = tiles.Visits(schedule_g, i, wg)
+    visits = work.Visits(schedule_g, i, wg)
     own = pl.ds(visits.start, rows)
     k_s, v_s, loaded = (scratch[name].at[wg] for name in ("k", "v", "loaded"))
     stage = scratch["stage"].at[wg] if "stage" in scratch else None
@@ -255,12 +257,12 @@ def _kv_block(q_g, k_g, v_g, do_g, lse_g, delta_g, q_meta_g, k_meta_g, schedule_
 
             def ok():
                 q_start = visit.index * bq
-                return tiles.allowed(mask, q_meta_g, k_meta_g, q_start, visits.start + visit.zero, (rows, bq), transposed=True)
+                return work.allowed(mask, q_meta_g, k_meta_g, q_start, visits.start + visit.zero, (rows, bq), transposed=True)
 
             def softmax(s):
-                s = tiles.masked(s, visit.kind, ok)
+                s = work.masked(s, visit.kind, ok)
                 # Read here: while a mask is computed there are no registers for it.
-                return jnp.exp2(s * (scale * tiles.LOG2E) - lax.broadcast_in_dim(mosaic_gpu.load(lse_s), s.shape, [1]))
+                return jnp.exp2(s * (scale * LOG2E) - lax.broadcast_in_dim(mosaic_gpu.load(lse_s), s.shape, [1]))
 
             p, dp = _two_products(k_w, q_s.T, v_w, do_s.T, softmax)
 
@@ -281,5 +283,5 @@ def _kv_block(q_g, k_g, v_g, do_g, lse_g, delta_g, q_meta_g, k_meta_g, schedule_
 
     wide = plgpu.BlockSpec((bq, None, d), lambda j, t: (*where(j, t), 0), transforms=tiles.transforms(d))
     thin = plgpu.BlockSpec((None, bq), lambda j, t: where(j, t)[::-1])
-    loop = tiles.stream(step, compute, (group, visits.count), [wide, wide, thin, thin], blocks.stages_q)
+    loop = work.stream(step, compute, (group, visits.count), [wide, wide, thin, thin], blocks.stages_q)
     loop(q_g.at[b], do_g.at[b], lse_g.at[b], delta_g.at[b])

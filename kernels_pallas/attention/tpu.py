@@ -14,7 +14,6 @@ from kernels_pallas.attention.problem import Problem
 from kernels_pallas.attention.tpu_backward import backward
 from kernels_pallas.attention.tpu_blocks import (
     LANES,
-    LOG2E,
     Blocks,
     allowed,
     by_head,
@@ -26,6 +25,7 @@ from kernels_pallas.attention.tpu_blocks import (
     unpack,
     worklist,
 )
+from kernels_pallas.base2 import LOG2E
 from kernels_pallas.block_mask import EMPTY, PARTIAL, BlockMask
 from kernels_pallas.device import Device
 

@@ -17,7 +17,6 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.attention.problem import Problem
 from kernels_pallas.attention.tpu_blocks import (
     LANES,
-    LOG2E,
     STEP_BYTES,
     Blocks,
     allowed,
@@ -31,6 +30,7 @@ from kernels_pallas.attention.tpu_blocks import (
     unpack,
     worklist,
 )
+from kernels_pallas.base2 import LOG2E
 from kernels_pallas.block_mask import EMPTY, PARTIAL, BlockMask
 from kernels_pallas.device import Device
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from kernels_pallas.tuning import tuned
 
 __all__ = [
     "LANES",
-    "LOG2E",
     "STEP_BYTES",
     "Blocks",
     "allowed",
@@ -34,8 +32,6 @@ __all__ = [
 
 # Elements along the minor axis of a vector register, on every TPU.
 LANES = 128
-# Softmax is taken in base 2, which the hardware has.
-LOG2E = math.log2(math.e)
 # Fast memory of a core, and what the tiles of one step take of it at most (float32, 512 x 512).
 _VMEM_MIB = {"v5e": 128, "v5p": 64, "v6e": 128, "v7x": 64}
 STEP_BYTES = 24 << 20

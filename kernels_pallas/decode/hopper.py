@@ -8,7 +8,6 @@ The rows that share a kv head fill one wgmma of 64 rows; the padding is free, si
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mosaic_gpu
+from kernels_pallas.base2 import LN2, LOG2E
 from kernels_pallas.decode.problem import Problem
 from kernels_pallas.device import Device
 from kernels_pallas.tuning import tuned
@@ -24,7 +24,6 @@ from kernels_pallas.tuning import tuned
 __all__ = ["Blocks", "forward", "refuses", "static_choice"]
 
 _ROWS = 64
-_LN2 = math.log(2)
 _BARS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _BARS_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
@@ -162,7 +161,7 @@ def _block_of_threads(lengths_g, q_g, k_g, v_g, o_g, lse_g, refs, *, blocks, par
         dead = l == 0
         l = jnp.where(dead, 1.0, l)
         o_s[...] = acc * lax.broadcast_in_dim(1 / l, acc.shape, [0])
-        lse_s[...] = jnp.where(dead, -jnp.inf, (m + jnp.log2(l)) * _LN2)
+        lse_s[...] = jnp.where(dead, -jnp.inf, (m + jnp.log2(l)) * LN2)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_s.at[pl.ds(0, written)], o_g.at[b, g, part, pl.ds(row, written)])
         plgpu.copy_smem_to_gmem(lse_s, lse_g.at[b, g, part, pl.ds(row, _ROWS)])
@@ -176,7 +175,7 @@ def _block_of_threads(lengths_g, q_g, k_g, v_g, o_g, lse_g, refs, *, blocks, par
             plgpu.wgmma(products, q_s, k_s.T)
             return products[...]
 
-        s = pl.run_scoped(qk, plgpu.ACC((_ROWS, blocks.keys), jnp.float32)) * (scale / _LN2)
+        s = pl.run_scoped(qk, plgpu.ACC((_ROWS, blocks.keys), jnp.float32)) * (scale * LOG2E)
         plgpu.barrier_arrive(k_used)
 
         def masked():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.base2 import LN2, LOG2E
 from kernels_pallas.decode.problem import Problem
 from kernels_pallas.device import Device
 from kernels_pallas.tuning import tuned
@@ -29,7 +29,6 @@ from kernels_pallas.tuning import tuned
 __all__ = ["Blocks", "forward", "refuses", "static_choice"]
 
 _LANES = 128
-_LN2 = math.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +155,7 @@ def _kernel(lengths, q_ref, *refs, layout, scale, positions, steps):
     def head(h, k, v, ragged):
         contract = ((1,), (0,)) if layout == "gds" else ((1,), (1,))
         s = lax.dot_general(q_ref[0, h], k, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        s = s * (scale / _LN2)
+        s = s * (scale * LOG2E)
         if ragged:
             # What lies past the length may be anything, and 0 * NaN is NaN: the values are cleared too.
             s = jnp.where(lax.broadcasted_iota(jnp.int32, s.shape, 1) < here, s, -jnp.inf)
@@ -194,7 +193,7 @@ def _kernel(lengths, q_ref, *refs, layout, scale, positions, steps):
             dead = l_ref[h] == 0
             l = jnp.where(dead, 1.0, l_ref[h])
             o_ref[0, h] = acc_ref[h] / l[:, :1]
-            lse = jnp.where(dead, -jnp.inf, (m_ref[h] + jnp.log2(l)) * _LN2)
+            lse = jnp.where(dead, -jnp.inf, (m_ref[h] + jnp.log2(l)) * LN2)
             lse_ref[0, h] = lse.T[:1]
 
 

@@ -25,8 +25,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import hopper_tiles as tiles
 from kernels_pallas import mosaic_gpu
-from kernels_pallas.attention import hopper_tiles as tiles
 from kernels_pallas.device import Device
 from kernels_pallas.linear import channel
 from kernels_pallas.linear import hopper_chunks as chunks

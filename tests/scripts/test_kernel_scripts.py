@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxgen import kernel_benchmark, kernel_cases, kernel_compile
+from jaxgen import kernel_benchmark, kernel_cases, kernel_compile, kernel_peers
 from kernels_pallas import linear_attention, target
 
 ROOT = Path(__file__).resolve().parents[2]
+OTHERS = ("fla", "tokamax", "torch")
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,13 @@ def test_benchmark_of_kernels(succeeds, refused):
     assert "no kernel with block sizes to choose runs on cpu" in refused("tune_kernels", "--only", "decode")
 
 
-def test_every_implementation_that_runs_here_and_its_peers_have_a_row():
+def test_every_implementation_that_runs_here_and_all_peers_have_a_row():
     case = next(case for case in kernel_cases.measured("small") if case.name.startswith("attention/hmar") and case.backward)
     rows = {row["by"]: row for row in kernel_benchmark.bench([case], repeats=1)}
-    rows.pop("torch SDPA, dense mask", None)
-    assert list(rows) == ["split", "xla", "XLA, dense mask"]
-    for row in rows.values():
+    assert list(rows) == ["split", "xla", *(peer.name for peer in kernel_peers.peers(case))]
+    assert {row["note"] for row in rows.values() if "note" in row} <= {"needs CUDA", *(f"{x} is not installed" for x in OTHERS)}
+    for name in ("split", "xla", "XLA, dense mask"):
+        row = rows[name]
         assert row["ms"] > 0 and row["executed TF/s"] >= row["TF/s"] and row["of limit"] == ""
 
 

@@ -32,6 +32,14 @@ def test_backends(checks, masks, implementation, name):
     checks.check(implementation, masks[name], b=1, h=2, g=1, dtype="bfloat16", scale=0.125)
 
 
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 333, 680])
+@pytest.mark.parametrize("implementation", ["tpu", "splash", "hopper"])
+def test_lengths(checks, implementation, length):
+    """Those of which `split` and `xla` have tests in their own files."""
+    mask = BlockMask.build(checks.not_later, checks.scales(length), checks.scales(length))
+    checks.check(implementation, mask, b=1, h=1, g=1, dtype="bfloat16" if implementation == "hopper" else "float32")
+
+
 def shapes(sq=10, sk=12, h=4, g=2, d=64, dtype=jnp.bfloat16):
     k = jax.ShapeDtypeStruct((2, sk, g, d), dtype)
     return jax.ShapeDtypeStruct((2, sq, h, d), dtype), k, k

@@ -13,7 +13,7 @@ from jax import export
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import BlockMask, mosaic_gpu
-from kernels_pallas.attention import hopper, hopper_backward, hopper_tiles
+from kernels_pallas.attention import hopper, hopper_backward, hopper_work
 from kernels_pallas.attention.problem import Problem
 from kernels_pallas.device import target
 
@@ -243,7 +243,7 @@ def test_blocks_change_the_program(monkeypatch):
 @pytest.mark.parametrize("name", MASKS)
 def test_schedule_visits_every_live_tile_once(name, tile):
     plan = MASKS[name].planned(tile)
-    rows = hopper_tiles.schedule(plan)
+    rows = hopper_work.schedule(plan)
     again = np.zeros((2 * len(rows), plan.shape[1]), plan.dtype)
     for pair, count, *entries in rows:
         for entry in entries[:count]:
@@ -258,7 +258,7 @@ def test_schedule_visits_every_live_tile_once(name, tile):
 
 def test_schedule_masks_a_ragged_end():
     full = np.full((2, 3), 2, np.int8)
-    (row,) = hopper_tiles.schedule(full, ragged=True)
+    (row,) = hopper_work.schedule(full, ragged=True)
     assert [(e >> 4, e & 3, e >> 2 & 3) for e in row[2:]] == [(0, 2, 2), (1, 2, 2), (2, 1, 1)]
     assert (full == 2).all(), "the plan is shared and must stay as it is"
 

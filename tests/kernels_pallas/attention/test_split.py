@@ -2,11 +2,12 @@
 
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from kernels_pallas import BlockMask
-from kernels_pallas.attention import split
+from kernels_pallas import BlockMask, explain
+from kernels_pallas.attention import block_sparse_attention, split
 
 pytestmark = pytest.mark.numeric
 
@@ -52,6 +53,22 @@ def test_refusals_say_why(checks, masks):
     assert "see 3 separate intervals of keys, more than 2" in split.pieces(three)
     with pytest.raises(ValueError, match=r"implementation='split' cannot run on cpu cpu: .* more than 64 runs"):
         checks.run("split", checks.draw(masks["window"]), masks["window"])
+
+
+@pytest.mark.parametrize("block, picked", [(16, "xla"), (32, "xla"), (64, "split")])
+def test_leaves_masks_to_xla_that_it_does_more_for(checks, block, picked):
+    """[noisy, clean] of 512 tokens. Noisy blocks of 16 share pieces with all keys between, blocks of 64 do not."""
+    halves = np.stack([np.tile(np.arange(512) // block, 2), np.repeat([0, 1], 512)])
+    mask = BlockMask.build(checks.noisy_and_clean, halves, halves)
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 16), "float32")
+    (choice,) = explain(block_sparse_attention, q, q, q, mask)
+    assert choice.implementation == picked
+    scores = sum((1 + p.masked) * (p.stop - p.start) * (b - a) for p in split.pieces(mask) for a, b in p.spans)
+    live = 128 * 128 * int((mask.planned((128, 128)) > 0).sum())
+    assert (scores > live) == (picked == "xla")
+    if picked == "xla":
+        reason = f"are the work of {scores} pairs of queries and keys, live blocks of xla of {live}"
+        assert reason in dict(choice.refused)["split"]
 
 
 def test_large_masks_split_in_an_instant(checks):

@@ -54,15 +54,16 @@ def gradients_of_rows(q, k_cache, v_cache, lengths, do, dlse):
     return dq, dk, dv
 
 
-def draw(b, s, g, h, d, dtype=np.float32, *, t=None, seed=0, garbage=True):
-    """q [b, h, d] ([b, t, h, d]), caches whose values past `lengths` are NaN and inf, and lengths 0, 1, s and between."""
+def draw(b, s, g, h, d, dtype=np.float32, *, t=None, lengths=None, seed=0, garbage=True):
+    """q [b, h, d] ([b, t, h, d]), caches whose values past `lengths` are NaN and inf, and lengths, or 0, 1, s and between."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     q = normal(b, h, d) if t is None else normal(b, t, h, d)
-    lengths = np.array([0, 1, s, s // 2, *rng.integers(1, s + 1, max(0, b - 4))], np.int32)[:b]
+    lengths = [0, 1, s, s // 2, *rng.integers(1, s + 1, max(0, b - 4))][:b] if lengths is None else lengths
+    lengths = np.array(lengths, np.int32)
     k_cache, v_cache = normal(b, s, g, d), normal(b, s, g, d)
     if garbage:
         past = (np.arange(s) >= lengths[:, None])[:, :, None, None]

@@ -46,6 +46,19 @@ def test_matches_float64_and_ignores_what_lies_past_the_lengths(oracle, on, back
     assert (np.asarray(o)[0] == 0).all() and (np.asarray(lse)[0] == -np.inf).all()
 
 
+@pytest.mark.parametrize("backend, dtype", [("xla", F32), ("tpu", F32), ("hopper", BF16)])
+def test_lengths(oracle, on, backend, dtype):
+    lengths = [1, 63, 64, 65, 127, 333, 680]
+    x = oracle.draw(len(lengths), max(lengths), 1, 2, 64, dtype, lengths=lengths)
+    with on(backend):
+        o, lse = jax.jit(lambda *args: decode_attention(*args, return_lse=True, implementation=backend))(
+            x.q, x.k_cache, x.v_cache, x.lengths
+        )
+    want_o, want_lse = oracle.attention_of_rows(x.q, x.k_cache, x.v_cache, x.lengths)
+    np.testing.assert_allclose(np.asarray(o, np.float64), want_o, rtol=0, atol=oracle.tolerance(x.v_cache, dtype))
+    np.testing.assert_allclose(np.asarray(lse), want_lse, rtol=3e-6, atol=3e-6)
+
+
 @pytest.mark.parametrize("backend, dtype", [("xla", F32), ("xla", BF16), ("tpu", F32), ("hopper", BF16)])
 def test_gradients_match_float64(oracle, on, backend, dtype):
     # Past 1024 positions XLA needs a second chunk, which overlaps the first.

@@ -68,6 +68,13 @@ def test_two_chunks(oracle, compare, cosine, beta, decay):
 
 
 @interprets
+@pytest.mark.parametrize("length", [63, 64, 333, 680])
+def test_other_lengths(oracle, compare, length):
+    # 65 and 1 are below.
+    compare(oracle.draw(length, cosine=0.5, dk=64, dv=64, h=1))
+
+
+@interprets
 def test_two_heads_and_slices_of_values(oracle, compare, monkeypatch):
     # Gradients of four chunks, three of them at once.
     monkeypatch.setattr(hopper, "_GROUP", 3)

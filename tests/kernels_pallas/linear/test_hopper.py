@@ -86,6 +86,13 @@ def test_decay(decay):
 
 
 @interprets
+@pytest.mark.parametrize("length", [63, 64, 333, 680])
+def test_other_lengths(length):
+    # 65 and 1 are below.
+    compare(draw(length), decay=True)
+
+
+@interprets
 def test_without_decay():
     errors = compare(draw(65, h=2), decay=False)
     # Products of 16-bit numbers are exact and the state is never rounded, forward or backward.

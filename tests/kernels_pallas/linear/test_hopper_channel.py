@@ -41,6 +41,13 @@ def test_ragged_chunks(oracle, compare, regime):
 
 
 @interprets
+@pytest.mark.parametrize("length", [63, 64, 333, 680])
+def test_other_lengths(oracle, compare, length):
+    # 65 and 1 are below.
+    compare(oracle.inputs(1, length, 1, 64, 64, decay="channel", dtype="bfloat16"))
+
+
+@interprets
 @pytest.mark.parametrize("regime", ["mild", "strong"])
 def test_last_chunk_of_one_token(oracle, compare, regime):
     # Heads and batches are told apart.

@@ -43,8 +43,12 @@ def test_bfloat16(oracle, decay):
     oracle.check(oracle.differentiated(interpreted)(*args), args, roundings=4)
 
 
-def test_one_token(oracle):
-    args = oracle.inputs(1, 1, 1, 64, 64)
+@pytest.mark.parametrize(
+    "decay, length", [("none", 1), *(("scalar", n) for n in (1, 63, 64, 65, 127, 333, 680)), ("channel", 680)]
+)
+def test_lengths(oracle, decay, length):
+    """At the static choice of blocks."""
+    args = oracle.inputs(1, length, 1, 64, 64, decay=decay)
     oracle.check(oracle.differentiated(interpreted)(*args), args)
 
 

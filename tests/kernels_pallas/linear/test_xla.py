@@ -10,7 +10,7 @@ import pytest
 from kernels_pallas.linear import linear_attention
 
 pytestmark = pytest.mark.numeric
-LENGTHS = (1, 63, 64, 65, 127, 333)
+LENGTHS = (1, 63, 64, 65, 127, 333, 680)
 
 
 def causal(q, k, v, log_decay, state):

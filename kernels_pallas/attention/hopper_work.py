@@ -1,8 +1,7 @@
-"""What the Hopper attention kernels share: tiles in shared memory, their products, their masks, and who visits which."""
+"""What the Hopper attention kernels share: tiles of their warpgroups, the mask on them, and who visits which."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,41 +15,30 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import mosaic_gpu
 from kernels_pallas.block_mask import EMPTY, PARTIAL, BlockMask
 from kernels_pallas.device import Device
+from kernels_pallas.hopper_tiles import transforms
 
 __all__ = [
-    "LOG2E",
     "ROWS",
     "SHARED_MEMORY",
     "WARPGROUPS",
     "Visit",
     "Visits",
-    "accumulate",
     "allowed",
     "launch",
     "masked",
     "metadata",
-    "pad_length",
-    "product",
     "schedule",
     "stage",
     "stream",
     "tile",
-    "transforms",
 ]
 
-LOG2E = math.log2(math.e)
 # Rows of one wgmma, and so of a warpgroup's tile; a thread block has two such warpgroups, and one that only copies.
 ROWS, WARPGROUPS = 64, 2
 # What tiles may take of the 232448 bytes of shared memory that a thread block of sm_90 can have; the rest is for barriers.
 SHARED_MEMORY = 232448 - 2048
 # Registers a thread of the copying warpgroup. The other two share the rest: 240 each, without which d = 128 spills.
 _MEMORY_REGISTERS = 32
-
-
-def transforms(columns: int) -> tuple:
-    """The layout in which wgmma reads 16-bit tiles: rows of eight, swizzled over 128 bytes, or 64 where those do not divide."""
-    span = 64 if columns % 64 == 0 else 32
-    return plgpu.TilingTransform((8, span)), plgpu.SwizzleTransform(2 * span)
 
 
 def tile(rows: int, columns: int, dtype):
@@ -61,14 +49,6 @@ def tile(rows: int, columns: int, dtype):
 def stage(columns: int, dtype, device: Device) -> dict:
     """The scratch memory that `accumulate` needs where kernels are interpreted; none elsewhere."""
     return {"stage": tile(ROWS, columns, dtype)} if device.interpret else {}
-
-
-def pad_length(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[b, l, ...] with zeros after l up to a multiple of 8, the rows of a layout tile.
-
-    The copy engine does the rest: what a tile reads past the end is zero, what it writes there is dropped.
-    """
-    return tuple(jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)) + ((0, 0),) * (x.ndim - 2)) for x in arrays)
 
 
 def metadata(mask: BlockMask, block: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
@@ -186,51 +166,6 @@ class _Rows:
 def masked(products: jax.Array, kind: jax.Array, ok: Callable[[], jax.Array]) -> jax.Array:
     """`products` of a full tile; of a partial one -inf where `ok()` says no, which only there is computed."""
     return lax.cond(kind == PARTIAL, lambda: jnp.where(ok(), products, -jnp.inf), lambda: products)
-
-
-def product(a, b, *, issued: Callable[[], None] | None = None) -> jax.Array:
-    """float32 a @ b of two tiles in shared memory.
-
-    Args:
-      a: [m, k] reference.
-      b: [k, n] reference; `ref.T` is free.
-      issued: called when the product is under way, before it is waited for.
-    """
-
-    def run(accumulator):
-        plgpu.wgmma(accumulator, a, b)
-        if issued is not None:
-            issued()
-        return accumulator[...]  # waits for all products of this warpgroup, so that a and b may be overwritten
-
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def accumulate(accumulators: tuple[jax.Array, ...], body: Callable[[Callable], None], stage=None) -> tuple[jax.Array, ...]:
-    """Adds products of tiles in registers and tiles in shared memory to `accumulators`, in place.
-
-    Args:
-      accumulators: float32 [m, n] each.
-      body: `body(add)`, where `add(i, a, b)` starts `accumulators[i] += a @ b`, a [m, k] a value, b [k, n] a reference. It
-        returns at once, so what `body` computes next overlaps. All are waited for at the end; only then may b be overwritten.
-      stage: [m, k] shared memory, or None. Pallas's interpreter needs it: it takes neither a value as first operand nor
-        accumulators that outlive a product.
-    """
-    if stage is None:
-
-        def run(refs):
-            body(lambda i, a, b: plgpu.wgmma(refs[i], a, b))
-
-        return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x in accumulators))
-    sums = list(accumulators)
-
-    def add(i, a, b):
-        stage[...] = a
-        plgpu.commit_smem()
-        sums[i] += product(stage, b)
-
-    body(add)
-    return tuple(sums)
 
 
 def stream(step: Callable, compute: Callable, grid: tuple, in_specs: list, stages: int) -> Callable:
