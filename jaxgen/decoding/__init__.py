@@ -1,53 +1,131 @@
 """Samplers: functions of a step function and pytrees, for anybody's model. Nothing here imports Flax."""
 
+from jaxgen.decoding.batcher import Batcher, Request
+from jaxgen.decoding.block_cache import Blocks, DualCache, FreeCache, Whole
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.check import check_step
-from jaxgen.decoding.guidance import Guided, guide, scale_ramp
+from jaxgen.decoding.conformance import check_exact
+from jaxgen.decoding.counterfactual import Factual, Hindsight, hindsight, intervene
+from jaxgen.decoding.economy import SkipDecode, SkipFeedForward
+from jaxgen.decoding.grammar import constrain
+from jaxgen.decoding.guidance import Guided, GuidedCache, guide, scale_ramp
 from jaxgen.decoding.jacobi import Jacobi
+from jaxgen.decoding.kernels import GuidedUnmask, Unmask, UnmaskVectors
+from jaxgen.decoding.mask_drafts import MaskDrafts
 from jaxgen.decoding.next_scale import Known, Settings, sample_scales
 from jaxgen.decoding.next_token import sample_tokens
 from jaxgen.decoding.noise import gumbel, uniform
 from jaxgen.decoding.proposers import DraftModel, NGram
 from jaxgen.decoding.recurrent_cache import HybridCache, Nodes, RecurrentCache
+from jaxgen.decoding.refine import Refined, refine
+from jaxgen.decoding.relaxed import Grouped, Lantern, nearest_codes
+from jaxgen.decoding.reveal import (
+    Agreement,
+    Ancestral,
+    ByConfidence,
+    Each,
+    EntropyBound,
+    Even,
+    FirstHitting,
+    LeftToRight,
+    RandomOrder,
+    Scheduled,
+    Threshold,
+)
+from jaxgen.decoding.server import Outcome, QueueFull, Server
 from jaxgen.decoding.speculate import Context, Proposal, Proposer, Result, Sequences, Sequential, speculate
 from jaxgen.decoding.step import Out, StepFn, View
-from jaxgen.decoding.topology import Topology, branches, chain, chains
-from jaxgen.decoding.transforms import check_settings, truncate
+from jaxgen.decoding.topology import RuntimeTree, Topology, branches, chain, chains
+from jaxgen.decoding.transforms import Sampling, apply_sampling, check_settings, compose, penalise, truncate
 from jaxgen.decoding.verify import Coupled, KSeq, Rejection, Rule, Verdict, verify
+from jaxgen.decoding.watermark import Detection, decoy_p_value, detect
+from jaxgen.decoding.watermark_bias import LexicalBias, green_lists
+from jaxgen.decoding.watermark_index import green_of_pairs, pair_codes, replace_red
 
 __all__ = [
+    "Agreement",
+    "Ancestral",
+    "Batcher",
+    "Blocks",
+    "ByConfidence",
     "Context",
     "Coupled",
+    "Detection",
     "DraftModel",
+    "DualCache",
+    "Each",
+    "EntropyBound",
+    "Even",
+    "Factual",
+    "FirstHitting",
+    "FreeCache",
+    "Grouped",
     "Guided",
+    "GuidedCache",
+    "GuidedUnmask",
+    "Hindsight",
     "HybridCache",
     "Jacobi",
     "KSeq",
     "KVCache",
     "Known",
+    "Lantern",
+    "LeftToRight",
+    "LexicalBias",
+    "MaskDrafts",
     "NGram",
     "Nodes",
     "Out",
+    "Outcome",
     "Proposal",
     "Proposer",
+    "QueueFull",
+    "RandomOrder",
     "RecurrentCache",
+    "Refined",
     "Rejection",
+    "Request",
     "Result",
     "Rule",
+    "RuntimeTree",
+    "Sampling",
+    "Scheduled",
     "Sequences",
     "Sequential",
+    "Server",
     "Settings",
+    "SkipDecode",
+    "SkipFeedForward",
     "StepFn",
+    "Threshold",
     "Topology",
+    "Unmask",
+    "UnmaskVectors",
     "Verdict",
     "View",
+    "Whole",
+    "apply_sampling",
     "branches",
     "chain",
     "chains",
+    "check_exact",
     "check_settings",
     "check_step",
+    "compose",
+    "constrain",
+    "decoy_p_value",
+    "detect",
+    "green_lists",
+    "green_of_pairs",
     "guide",
     "gumbel",
+    "hindsight",
+    "intervene",
+    "nearest_codes",
+    "pair_codes",
+    "penalise",
+    "refine",
+    "replace_red",
     "sample_scales",
     "sample_tokens",
     "scale_ramp",

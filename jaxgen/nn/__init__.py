@@ -3,12 +3,21 @@
 from jaxgen.nn.adaln import AdaLNHead, Modulation, SharedModulation, layer_norm
 from jaxgen.nn.attention import SelfAttention, attend
 from jaxgen.nn.linear_attention import GatedDeltaNet, GatedLinearAttention, LinearAttention, Retention
+from jaxgen.nn.llama import LlamaBlock, LlamaTransformer, RotaryAttention, SwiGLU
 from jaxgen.nn.mlp import MLP
+from jaxgen.nn.moe import MixtureOfExperts
 from jaxgen.nn.recurrent import RecurrentState, ShortConv
+from jaxgen.nn.rope import rotate
 from jaxgen.nn.ssm import Mamba2
 from jaxgen.nn.transformer import AdaLNBlock, AdaLNTransformer
 
 __all__ = [
+    "rotate",
+    "SwiGLU",
+    "RotaryAttention",
+    "MixtureOfExperts",
+    "LlamaTransformer",
+    "LlamaBlock",
     "AdaLNBlock",
     "AdaLNHead",
     "AdaLNTransformer",
