@@ -1,14 +1,18 @@
 """Samplers: functions of a step function and pytrees, for anybody's model. Nothing here imports Flax."""
 
+from jaxgen.decoding.any_subset import Bigrams, ParallelDrafts, Queries, in_order, infill, reading_order
 from jaxgen.decoding.batcher import Batcher, Request
 from jaxgen.decoding.block_cache import Blocks, DualCache, FreeCache, Whole
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.check import check_step
 from jaxgen.decoding.conformance import check_exact
 from jaxgen.decoding.counterfactual import Factual, Hindsight, hindsight, intervene
+from jaxgen.decoding.density import PathDensity
 from jaxgen.decoding.economy import SkipDecode, SkipFeedForward
+from jaxgen.decoding.feature_drafts import BeamDrafts, BlockDrafts, designed_tree
 from jaxgen.decoding.grammar import constrain
 from jaxgen.decoding.guidance import Guided, GuidedCache, guide, scale_ramp
+from jaxgen.decoding.hierarchical import Hierarchical, Reread, Retrieved
 from jaxgen.decoding.jacobi import Jacobi
 from jaxgen.decoding.kernels import GuidedUnmask, Unmask, UnmaskVectors
 from jaxgen.decoding.mask_drafts import MaskDrafts
@@ -18,7 +22,7 @@ from jaxgen.decoding.noise import gumbel, uniform
 from jaxgen.decoding.proposers import DraftModel, NGram
 from jaxgen.decoding.recurrent_cache import HybridCache, Nodes, RecurrentCache
 from jaxgen.decoding.refine import Refined, refine
-from jaxgen.decoding.relaxed import Grouped, Lantern, nearest_codes
+from jaxgen.decoding.relaxed import Grouped, Lantern, chain_law, nearest_codes, step_law
 from jaxgen.decoding.reveal import (
     Agreement,
     Ancestral,
@@ -33,7 +37,9 @@ from jaxgen.decoding.reveal import (
     Threshold,
 )
 from jaxgen.decoding.server import Outcome, QueueFull, Server
+from jaxgen.decoding.sparse_cache import RetrievalCache, SinkCache, exposing
 from jaxgen.decoding.speculate import Context, Proposal, Proposer, Result, Sequences, Sequential, speculate
+from jaxgen.decoding.speculate_latents import LatentModel, LatentResult, speculate_latents
 from jaxgen.decoding.step import Out, StepFn, View
 from jaxgen.decoding.topology import RuntimeTree, Topology, branches, chain, chains
 from jaxgen.decoding.transforms import Sampling, apply_sampling, check_settings, compose, penalise, truncate
@@ -43,9 +49,17 @@ from jaxgen.decoding.watermark_bias import LexicalBias, green_lists
 from jaxgen.decoding.watermark_index import green_of_pairs, pair_codes, replace_red
 
 __all__ = [
+    "reading_order",
+    "infill",
+    "in_order",
+    "Queries",
+    "ParallelDrafts",
+    "Bigrams",
     "Agreement",
     "Ancestral",
     "Batcher",
+    "BeamDrafts",
+    "BlockDrafts",
     "Blocks",
     "ByConfidence",
     "Context",
@@ -63,6 +77,7 @@ __all__ = [
     "Guided",
     "GuidedCache",
     "GuidedUnmask",
+    "Hierarchical",
     "Hindsight",
     "HybridCache",
     "Jacobi",
@@ -70,6 +85,8 @@ __all__ = [
     "KVCache",
     "Known",
     "Lantern",
+    "LatentModel",
+    "LatentResult",
     "LeftToRight",
     "LexicalBias",
     "MaskDrafts",
@@ -77,6 +94,7 @@ __all__ = [
     "Nodes",
     "Out",
     "Outcome",
+    "PathDensity",
     "Proposal",
     "Proposer",
     "QueueFull",
@@ -85,7 +103,10 @@ __all__ = [
     "Refined",
     "Rejection",
     "Request",
+    "Reread",
     "Result",
+    "RetrievalCache",
+    "Retrieved",
     "Rule",
     "RuntimeTree",
     "Sampling",
@@ -94,6 +115,7 @@ __all__ = [
     "Sequential",
     "Server",
     "Settings",
+    "SinkCache",
     "SkipDecode",
     "SkipFeedForward",
     "StepFn",
@@ -107,6 +129,7 @@ __all__ = [
     "apply_sampling",
     "branches",
     "chain",
+    "chain_law",
     "chains",
     "check_exact",
     "check_settings",
@@ -114,7 +137,9 @@ __all__ = [
     "compose",
     "constrain",
     "decoy_p_value",
+    "designed_tree",
     "detect",
+    "exposing",
     "green_lists",
     "green_of_pairs",
     "guide",
@@ -130,6 +155,8 @@ __all__ = [
     "sample_tokens",
     "scale_ramp",
     "speculate",
+    "speculate_latents",
+    "step_law",
     "truncate",
     "uniform",
     "verify",

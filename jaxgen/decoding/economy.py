@@ -1,7 +1,7 @@
 """Step functions that do less: fewer blocks for later tokens, fewer MLPs for tokens that have settled.
 
-Both wrap a step function that takes the keywords of `jaxgen.generators.LanguageModel.step`; what they sample is another law than the
-whole model's, nearer to it the less is left out.
+Both wrap a step function that takes the keywords of `jaxgen.generators.LanguageModel.step`; what they sample is another law than
+the whole model's, nearer to it the less is left out.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["SkipDecode", "SkipFeedForward"]
 
 @dataclasses.dataclass(frozen=True)
 class SkipDecode:
-    """One number of blocks for each position, the same for the whole batch, falling as the sequence grows (Del Corro et al. 2023).
+    """One number of blocks a position, the same for the whole batch, falling as the sequence grows (Del Corro et al. 2023).
 
     The token at position i < `start` passes `most` blocks, at `end` or later `least`, linearly between; those are the first
-    `warmup` blocks and, above the gap, the last ones. What runs at a position ran at all positions before it, so no key is missing. A
-    call with several positions runs what the first of them needs.
+    `warmup` blocks and, above the gap, the last ones. What runs at a position ran at all positions before it, so no key is
+    missing. A call with several positions runs what the first of them needs.
 
     Attributes:
       depth: n, blocks of the model.
@@ -43,8 +43,8 @@ class SkipDecode:
     def __post_init__(self):
         if not 0 <= self.warmup <= self.least <= self.most <= self.depth:
             raise ValueError(
-                f"warmup={self.warmup}, least={self.least}, most={self.most}, depth={self.depth}: expected 0 <= warmup <= least <= "
-                "most <= depth"
+                f"warmup={self.warmup}, least={self.least}, most={self.most}, depth={self.depth}: "
+                "expected 0 <= warmup <= least <= most <= depth"
             )
         if not 0 <= self.start < self.end:
             raise ValueError(f"start={self.start} and end={self.end}: expected 0 <= start < end")
