@@ -60,6 +60,6 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
     if budget not in ("smoke", "small"):
         raise ValueError(f"budget {budget!r} is not one of smoke, small")
     config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
-    sizes = dict(new_tokens=16 if smoke else 112, limit=4 if smoke else 64, repeats=1 if smoke else 5)
+    sizes = dict(prompts=1 if smoke else 8, new_tokens=16 if smoke else 112, limit=4 if smoke else 64, repeats=1 if smoke else 5)
     thresholds = (0.9,) if smoke else (0.99, 0.98, 0.97, 0.95, 0.9)
     return [economy.compare_thresholds(config, thresholds=thresholds, **sizes, log=log)]

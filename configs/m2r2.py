@@ -64,7 +64,7 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
         raise ValueError(f"budget {budget!r} is not one of smoke, small")
     smoke = budget == "smoke"
     config, experts = (config_lib.override(_config(v), edits).resolve() for v in (budget, "smoke" if smoke else "experts"))
-    sizes = dict(prompts=2, new_tokens=8, repeats=1) if smoke else dict(prompts=16, new_tokens=128, repeats=5)
+    sizes = dict(prompts=1, new_tokens=4, repeats=1) if smoke else dict(prompts=16, new_tokens=128, repeats=5)
     return [
         multi_rate.compare_streams(config, **sizes, log=log),
         multi_rate.compare_experts(experts, limit=2 if smoke else 64, log=log),

@@ -60,5 +60,5 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
     if budget not in ("smoke", "small"):
         raise ValueError(f"budget {budget!r} is not one of smoke, small")
     config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
-    sizes = dict(prompts=2, new_tokens=8, repeats=1) if smoke else dict(prompts=16, new_tokens=128, repeats=5)
+    sizes = dict(prompts=1, new_tokens=4, repeats=1) if smoke else dict(prompts=16, new_tokens=128, repeats=5)
     return [multi_token.compare_masks(config, **sizes, log=log)]

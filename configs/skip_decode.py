@@ -64,5 +64,5 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
         raise ValueError(f"budget {budget!r} is not one of smoke, small")
     config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
     new_tokens = config.data.length - config.start
-    sizes = dict(new_tokens=new_tokens, limit=4 if smoke else 64, repeats=1 if smoke else 5)
+    sizes = dict(prompts=1 if smoke else 8, new_tokens=new_tokens, limit=4 if smoke else 64, repeats=1 if smoke else 5)
     return [economy.compare_depths(config, shares=(0.5,) if smoke else (0.5, 0.25), **sizes, log=log)]

@@ -5,6 +5,8 @@ import types
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of the CPU client: kernels in an interpreter wait for one another, and with as few as two of them for ever.
+os.environ.setdefault("NPROC", "8")
 
 import jax
 import numpy as np

@@ -114,10 +114,17 @@ def likelihood(
 
 
 def compare_depths(
-    config: SkipDecodeConfig, *, shares: Sequence[float], new_tokens: int, limit: int, repeats: int, log: Callable[[str], None]
+    config: SkipDecodeConfig,
+    *,
+    shares: Sequence[float],
+    prompts: int,
+    new_tokens: int,
+    limit: int,
+    repeats: int,
+    log: Callable[[str], None],
 ) -> Claim:
     """S102: what fewer blocks cost and save, for a model trained with the schedule and one that was not."""
-    prompts = held_out_prompts(config.data, count=8, length=config.start)
+    held_out = held_out_prompts(config.data, count=prompts, length=config.start)
     plain = LanguageConfig(data=config.data, model=config.model, model_train=config.model_train, run=config.run)
     base = modules(trained(plain, config.run.seed, log)[1])
     depth = config.model.depth
@@ -132,7 +139,7 @@ def compare_depths(
             values = likelihood(config, variables["generator"], schedule, limit=limit)
             measured[f"{name}, {how}"] = values | {"blocks a token": blocks}
         samplers[f"{name}, trained so"] = skipping.build_sampler()
-    times = {row["method"]: row for row in compare_samplers(samplers, base, prompts, new_tokens=new_tokens, repeats=repeats)}
+    times = {row["method"]: row for row in compare_samplers(samplers, base, held_out, new_tokens=new_tokens, repeats=repeats)}
     for name, values in measured.items():
         time = {key: value for key, value in times.get(name, {}).items() if key.startswith(("ms", "speed"))}
         rows.append({"method": name, "test nll": round(values["test nll"], 4), "blocks a token": values["blocks a token"]} | time)
@@ -143,6 +150,7 @@ def compare_thresholds(
     config: SkipFeedForwardConfig,
     *,
     thresholds: Sequence[float],
+    prompts: int,
     new_tokens: int,
     limit: int,
     repeats: int,
@@ -151,15 +159,15 @@ def compare_thresholds(
     """S103: the share of MLPs that are skipped, and what it costs in likelihood and saves in time."""
     plain = LanguageConfig(data=config.data, model=config.model, model_train=config.model_train, run=config.run)
     variables = modules(trained(plain, config.run.seed, log)[1])
-    prompts = held_out_prompts(config.data, count=8, length=16)
+    held_out = held_out_prompts(config.data, count=prompts, length=16)
     samplers = {"plain": plain.build_sampler()}
     measured: dict[str, Mapping[str, float]] = {"plain": likelihood(plain, variables["generator"], None, limit=limit)}
     for threshold in thresholds:
         name, rule = f"threshold {threshold}", config.rule(threshold)
         measured[name] = likelihood(config, variables["generator"], rule, limit=limit)
         samplers[name] = dataclasses.replace(config, threshold=threshold).build_sampler()
-    times = {row["method"]: row for row in compare_samplers(samplers, variables, prompts, new_tokens=new_tokens, repeats=repeats)}
-    rows = []
+    measured_times = compare_samplers(samplers, variables, held_out, new_tokens=new_tokens, repeats=repeats)
+    times, rows = {row["method"]: row for row in measured_times}, []
     for name, values in measured.items():
         time = {key: value for key, value in times[name].items() if key.startswith(("ms", "speed"))}
         rows.append({"method": name} | {key: round(value, 4) for key, value in values.items()} | time)

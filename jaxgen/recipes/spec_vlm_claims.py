@@ -65,9 +65,9 @@ def compare_compressions(config: SpecVLMConfig, *, seeds: int, count: int, log: 
             if name == "all":
                 straight = dataclasses.replace(method.draft, topology=chain(config.tree.height))
                 samplers["chain, visual tokens: all"] = dataclasses.replace(plain, method=PictureDraft(straight))
-            count, shares, cost = picture_cost(plain, method, params, images, prompts)
+            read, shares, cost = picture_cost(plain, method, params, images, prompts)
             pictures[f"tree, visual tokens: {name}"] = {
-                "visual tokens read": round(count, 1),
+                "visual tokens read": round(read, 1),
                 "drafter's picture, us": round(cost),
                 "ways": ", ".join(f"{way} {share:.2f}" for way, share in zip(compressor.ways, shares)),
             }

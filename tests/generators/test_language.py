@@ -37,20 +37,26 @@ def test_the_step_keeps_the_contract(params, model, name):
 
 def test_steps_are_the_full_forward_pass(params):
     tokens = jax.random.randint(jax.random.key(2), (2, 6), 0, 11)
-    want = MODEL.apply(params["generator"], tokens)
+    want = jax.jit(MODEL.apply)(params["generator"], tokens)
     view = View(tokens, jnp.arange(6), jnp.tril(jnp.ones((6, 6), bool)))
-    out, _ = MODEL.apply(params["generator"], MODEL.init_cache(2, 6), view, method="step")
+    out, _ = jax.jit(lambda p, c: step_of(MODEL)(p, c, view, None))(params["generator"], MODEL.init_cache(2, 6))
     np.testing.assert_allclose(out.params, want, atol=1e-5)
     assert out.feats.shape == (2, 6, 16)
 
 
 def test_early_exit_reads_some_blocks_and_the_same_head(params):
     tokens = jnp.array([[1, 5, 3]])
-    features = MODEL.apply(params["generator"], tokens, layers=(0, 1), method="features")
-    want = MODEL.apply(params["generator"], features, method="logits")
+
+    @jax.jit
+    def exit_(variables):
+        features = MODEL.apply(variables, tokens, layers=(0, 1), method="features")
+        return MODEL.apply(variables, features, method="logits")
+
+    want = exit_(params["generator"])
     view = View(tokens, jnp.arange(3), jnp.tril(jnp.ones((3, 3), bool)))
     cache = MODEL.init_cache(1, 3)
-    out, after = MODEL.apply(params["generator"], cache, view, layers=(0, 1), method="step")
+    early = jax.jit(lambda p, c: MODEL.apply(p, c, view, layers=(0, 1), method="step"))
+    out, after = early(params["generator"], cache)
     np.testing.assert_allclose(out.params, want, atol=1e-5)
     np.testing.assert_array_equal(after.k[1], cache.k[1])
 

@@ -36,8 +36,9 @@ def test_adapters_are_on_what_asks_and_computes(variables):
 def test_before_training_it_is_an_early_exit(variables):
     tokens = jax.random.randint(jax.random.key(2), (2, 5), 0, 7)
     view = View(tokens, jnp.arange(5), jnp.tril(jnp.ones((5, 5), bool)))
-    out, _ = MODEL.apply(variables, MODEL.init_cache(2, 5), view)
-    want, _ = BASE.apply(variables["base"], BASE.init_cache(2, 5), view, layers=(0, 2), method="step")
+    out, _ = jax.jit(lambda v, c: MODEL.apply(v, c, view))(variables, MODEL.init_cache(2, 5))
+    early = jax.jit(lambda v, c: BASE.apply(v, c, view, layers=(0, 2), method="step"))
+    want, _ = early(variables["base"], BASE.init_cache(2, 5))
     np.testing.assert_allclose(out.params, want.params, atol=1e-5)
 
 
@@ -46,9 +47,11 @@ def test_the_fast_stream_asks_the_slow_one(variables):
     changed = trained(variables)
     tokens = jax.random.randint(jax.random.key(2), (2, 5), 0, 7)
     view = View(tokens, jnp.arange(5), jnp.tril(jnp.ones((5, 5), bool)))
-    (out, cache), (before, untouched) = (MODEL.apply(v, MODEL.init_cache(2, 5), view) for v in (changed, variables))
+    read = jax.jit(lambda v, c: MODEL.apply(v, c, view))
+    (out, cache), (before, untouched) = (read(v, MODEL.init_cache(2, 5)) for v in (changed, variables))
     np.testing.assert_array_equal(cache.k, untouched.k)
-    np.testing.assert_allclose(out.aux[0][-1], BASE.apply(variables["base"], tokens, layers=(0, 2), method="features"), atol=1e-5)
+    slow = jax.jit(lambda v: BASE.apply(v, tokens, layers=(0, 2), method="features"))(variables["base"])
+    np.testing.assert_allclose(out.aux[0][-1], slow, atol=1e-5)
     assert np.abs(out.params - before.params).max() > 0.05
     check_step(stepper(MODEL), params=changed, cache=MODEL.init_cache(2, 13), cond=None, batch=2, vocab=7, trees=False)
 

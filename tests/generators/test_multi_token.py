@@ -46,20 +46,20 @@ def test_the_layout_of_training():
 
 def test_masks_change_nothing_for_tokens_and_see_the_same_as_in_training(variables):
     tokens = jnp.array([[1, 3, 0, 2, 1]])
-    base = BASE.apply(variables["base"], tokens)
+    base = jax.jit(BASE.apply)(variables["base"], tokens)
     inputs, pos, visible = masked_inputs(tokens, jnp.array([[1, 4]]), MODEL.probes)
-    features = MODEL.features(variables, inputs, pos, visible)
-    np.testing.assert_allclose(MODEL.logits(variables, features[:, :5]), base, atol=1e-5)
+    features = jax.jit(MODEL.features)(variables, inputs, pos, visible)
+    np.testing.assert_allclose(jax.jit(MODEL.logits)(variables, features[:, :5]), base, atol=1e-5)
     # As decoding reads it: a prefix in the cache, then the root with its masks behind it.
-    cache = MODEL.init_cache(1, 9)
+    read, cache = jax.jit(lambda *args: MODEL.apply(*args)), MODEL.init_cache(1, 9)
     view = View(tokens[:, :4], jnp.arange(4), jnp.tril(jnp.ones((4, 4), bool)))
-    cache = MODEL.apply(variables, cache, view)[1].commit(jnp.array([4]))
+    cache = read(variables, cache, view)[1].commit(jnp.array([4]))
     query = View(jnp.array([[1, V, V + 1]]), jnp.array([4, 5, 6]), jnp.tril(jnp.ones((3, 3), bool)))
-    out, _ = MODEL.apply(variables, cache, query)
+    out, _ = read(variables, cache, query)
     np.testing.assert_allclose(out.feats[0, 1:], features[0, 7:], atol=1e-5)
     # The gate is exact: with and without adapters the token's own law is the same number.
     off = variables | {"adapters": jax.tree.map(jnp.zeros_like, variables["adapters"])}
-    other, _ = MODEL.apply(off, cache, query)
+    other, _ = read(off, cache, query)
     np.testing.assert_array_equal(out.params[:, 0], other.params[:, 0])
     assert np.abs(out.params[:, 1:] - other.params[:, 1:]).max() > 0.01
 
