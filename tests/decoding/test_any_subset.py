@@ -15,7 +15,7 @@ from jaxgen.decoding.conformance import chi_square
 from jaxgen.decoding.speculate import BROKEN, FULL, Sequences, Sequential
 from jaxgen.decoding.verify import Coupled, Rejection
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, S, B = 3, 5, 2048
 TEXT = np.array([1, 2, 0, 1, 0], np.int32)

@@ -10,7 +10,7 @@ import pytest
 from jaxgen.decoding import Coupled, NGram, Proposal, Rejection, Sequential
 from jaxgen.decoding.conformance import check_exact, chi_square, total_variation
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxgen.decoding import Coupled, Sequential, gumbel, speculate, truncate
 from jaxgen.decoding.counterfactual import Factual, alternative, hindsight, intervene, posterior_gumbel
 from jaxgen.decoding.speculate import FULL
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, S, B = 4, 7, 1024
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from jaxgen.decoding.economy import SkipDecode, SkipFeedForward
 from jaxgen.generators.language import LanguageModel
 from jaxgen.generators.sequence_sampler import SequenceSampler
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 DEPTH, LENGTH = 5, 9
 MODEL = LanguageModel(vocab=7, width=8, heads=2, depth=DEPTH)

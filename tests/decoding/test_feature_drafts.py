@@ -18,7 +18,7 @@ from jaxgen.generators.feature_drafter import FeatureDraft, FeatureDrafter, embe
 from jaxgen.generators.language import LanguageModel
 from jaxgen.generators.sequence_sampler import stepper
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, L, B, STOP = 4, 4, 1024, 2
 PROMPT = (1, 3)

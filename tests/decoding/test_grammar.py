@@ -16,7 +16,7 @@ from jaxgen.decoding.topology import branches, chains
 from jaxgen.decoding.transforms import penalise, truncate
 from jaxgen.decoding.verify import Coupled, KSeq, Rejection
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, L, B, STOP = 4, 4, 2048, 2
 # Tokens 0 and 1 alternate, beginning with either; 3 may come once; the stop token only after an even number of tokens.

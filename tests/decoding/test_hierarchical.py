@@ -16,7 +16,7 @@ from jaxgen.decoding.speculate import BROKEN, FULL, STOPPED, Sequences, Sequenti
 from jaxgen.decoding.topology import branches, chain
 from jaxgen.decoding.verify import Coupled, Rejection
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, L, B, STOP, GAMMA = 4, 4, 2048, 2, 3
 EXACT = Rejection()

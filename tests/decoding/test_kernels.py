@@ -13,7 +13,7 @@ from jaxgen.decoding.reveal import Agreement, Each, LeftToRight, Slots
 from jaxgen.decoding.speculate import BROKEN
 from jaxgen.decoding.verify import Coupled
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, L, B = 3, 4, 256
 

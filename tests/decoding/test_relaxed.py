@@ -13,7 +13,7 @@ from jaxgen.decoding.conformance import chi_square
 from jaxgen.decoding.relaxed import Grouped, Lantern, chain_law, nearest_codes, step_law
 from jaxgen.decoding.verify import Level, Rejection
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, ROWS = 9, 40
 RNG = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from jaxgen.decoding.verify import Coupled
 from jaxgen.generators.language import LanguageModel
 from jaxgen.generators.state_space import StateSpaceModel
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, S, SLOTS, POISON = 12, 24, 8, 11
 MODEL = LanguageModel(vocab=V, width=8, heads=2, depth=1)

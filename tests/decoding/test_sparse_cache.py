@@ -11,7 +11,7 @@ from jaxgen.generators.language import LanguageModel
 from jaxgen.generators.sequence_sampler import stepper
 from jaxgen.nn.rope import rotate
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 B, V, P = 2, 11, 20
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, P)), jnp.int32)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgen.decoding.watermark_index import green_of_pairs, pair_codes, place_crop, replace_red
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 RNG = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ from jaxgen.decoding.speculate import FULL
 from jaxgen.generators.any_subset import AnySubsetModel, AnySubsetSampler
 from jaxgen.generators.sequence_sampler import stepper
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, S = 5, 7
 MODEL = AnySubsetModel(vocab=V, width=8, heads=2, depth=2)

@@ -14,7 +14,7 @@ from jaxgen.generators.language import LanguageModel
 from jaxgen.generators.long_context import Exposing, TriForce
 from jaxgen.generators.sequence_sampler import SequenceSampler, stepper
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, L, P, B = 4, 4, 18, 1024
 SIZES = dict(length=3, sink=1, window=4, budget=4, chunk=2, recent=8)

@@ -19,7 +19,7 @@ from jaxgen.generators.masked import MaskedTransformer
 from jaxgen.objectives.diffusion import masked_prediction, stratified_times
 from jaxgen.paths import Cosine, Masking
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 LENGTH, VOCAB, CLASSES = 8, 7, 3
 MODEL = MaskedTransformer(vocab=VOCAB, num_classes=CLASSES, length=LENGTH, width=16, heads=2, depth=2)

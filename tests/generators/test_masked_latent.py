@@ -15,7 +15,7 @@ from jaxgen.generators.masked_latent_sampler import MaskedLatentSampler
 from jaxgen.paths_vp import VPPath
 from jaxgen.tokenizers.latents import LatentTokenizer
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 L, C, PATH = 9, 4, VPPath("cosine", 30)
 

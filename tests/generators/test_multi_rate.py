@@ -11,7 +11,7 @@ from jaxgen.generators.multi_rate import MultiRateModel
 from jaxgen.generators.sequence_sampler import SequenceSampler, stepper
 from jaxgen.recipes.multi_rate import EarlyExit, FastStream
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BASE = LanguageModel(vocab=7, width=8, heads=2, depth=4, kv_heads=1)
 MODEL = MultiRateModel(BASE, rate=2, rank=2)

@@ -14,7 +14,7 @@ from jaxgen.generators.multi_token import MultiTokenModel
 from jaxgen.generators.sequence_sampler import SequenceSampler, stepper
 from jaxgen.recipes.multi_token import MaskMethod, masked_inputs
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 V, K, L = 4, 2, 4
 BASE = LanguageModel(vocab=V, width=8, heads=2, depth=2)

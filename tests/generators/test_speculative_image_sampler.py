@@ -14,7 +14,7 @@ from jaxgen.generators import NextTokenTransformer
 from jaxgen.generators.speculative_image_sampler import Draft, SpeculativeImageSampler
 from jaxgen.tokenizers import MultiScaleTokenizer
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 VOCAB, CLASSES, SIDE = 12, 3, 3
 LENGTH = SIDE * SIDE

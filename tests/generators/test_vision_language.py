@@ -14,7 +14,7 @@ from jaxgen.generators.sequence_sampler import stepper
 from jaxgen.generators.vision_language import PictureDraft, VisionLanguageModel, VisionLanguageSampler
 from jaxgen.nn.compression import ElasticCompressor
 
-pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 MODEL = VisionLanguageModel(vocab=5, width=16, heads=2, depth=2, image_size=(8, 16), channels=(4, 6))
 COMPRESSOR = ElasticCompressor(grid=MODEL.grid, ways=("prune", "pool", "drop"))

@@ -34,7 +34,6 @@ def told(params):
     return CONFIG.recipe().sample(params, jax.random.key(0), TOLD, length=S, top_p=0.9)
 
 
-@pytest.mark.numeric
 def test_a_sample_keeps_the_prefix_and_changes_one_byte(told):
     tokens, factual, at = told["tokens"], told["factual"], told["at"]
     lengths = np.array([len(text) for text in TOLD])
@@ -46,7 +45,6 @@ def test_a_sample_keeps_the_prefix_and_changes_one_byte(told):
         assert row[i] != other[i]
 
 
-@pytest.mark.numeric
 def test_the_same_noise_writes_the_same_and_drafts_change_nothing(params):
     variables, sampler = modules(params)["generator"], CONFIG.build_replay()
     slow = dataclasses.replace(CONFIG, replay=ReplayConfig(drafts=0)).build_replay()
@@ -76,7 +74,6 @@ def test_intervals_by_hand():
     assert distance == pytest.approx((1 / 3 + 2 / 2) / 2)
 
 
-@pytest.mark.numeric
 def test_the_claim_sets_the_same_noise_against_new_noise(params, monkeypatch):
     monkeypatch.setattr(claims, "trained", lambda config, seed, log: (None, params))
     options = dict(temperatures=(1.0,), texts=B, prompt=4, length=S, log=lambda text: None)

@@ -18,8 +18,6 @@ from jaxgen.objectives.likelihood import cross_entropy
 from jaxgen.recipe import modules
 from jaxgen.recipes.drafted import DraftedConfig, align_stage, context_stage
 
-pytestmark = pytest.mark.numeric
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 SPECTR, ALIGNED, TRIFORCE = (
     cli.load_config_file(str(CONFIGS / f"{name}.py")) for name in ("spectr", "direct_alignment", "triforce")

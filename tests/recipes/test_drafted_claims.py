@@ -12,8 +12,6 @@ from jaxgen import cli
 from jaxgen.decoding.verify import KSeq, Level, Rejection
 from jaxgen.recipes import claims, drafted_claims
 
-pytestmark = pytest.mark.numeric
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 

@@ -16,8 +16,6 @@ from jaxgen.generators.feature_drafter import FeatureDrafter
 from jaxgen.recipes.falcon import FalconConfig
 from jaxgen.recipes.feature_drafting import DrafterConfig
 
-pytestmark = pytest.mark.numeric
-
 FALCON = cli.load_config_file(str(Path(__file__).parents[2] / "configs" / "falcon.py"))
 
 

@@ -54,7 +54,6 @@ def test_published_sizes():
     assert images.shape == (2, 256, 256, 3)
 
 
-@pytest.mark.numeric
 @pytest.mark.parametrize("features", [0, 3])
 def test_latents_are_cut_in_rows_and_joined_again(features):
     sizes = dict(ch=8, ch_mult=(1, 2), res_blocks=1, groups=4) if features else {}
@@ -111,7 +110,6 @@ def learnt():
     return recipe, {"generator": start}, {"generator": params}, float(loss), pixels(batch["image"][:4])
 
 
-@pytest.mark.numeric
 def test_a_few_images_are_learnt_and_drawn_by_class(learnt):
     recipe, before, after, loss, images = learnt
     labels = np.arange(32) % 4
@@ -127,7 +125,6 @@ def test_a_few_images_are_learnt_and_drawn_by_class(learnt):
     assert share > 0.9 and error < 0.35, (share, error, loss)
 
 
-@pytest.mark.numeric
 def test_sampling_refuses_truncation(learnt):
     recipe, _, params, *_ = learnt
     for option, value in (("top_k", 5), ("top_p", 0.9)):
@@ -135,7 +132,6 @@ def test_sampling_refuses_truncation(learnt):
             recipe.sample(params, jax.random.key(2), np.arange(2), **{option: value})
 
 
-@pytest.mark.numeric
 def test_training_dropout_and_dropped_labels_matter(learnt):
     recipe, _, params, _, images = learnt
     batch = {"image": np.asarray((images + 1) * 127.5, np.uint8), "label": np.arange(4)}
@@ -166,7 +162,6 @@ def test_bad_configurations():
             make()
 
 
-@pytest.mark.numeric
 def test_the_claim(monkeypatch):
     """The table of the smoke budget, nothing trained: who is compared, and what the columns count."""
 

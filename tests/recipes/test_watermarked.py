@@ -58,7 +58,6 @@ def encoded(config, variables, images):
     return jax.jit(lambda v, x: config.build_tokenizer().apply(v, x, method="encode"))(variables, images)
 
 
-@pytest.mark.numeric
 def test_the_hard_mark_draws_green_codes_of_each_images_own_list(lexical, params):
     config, lists = lexical.config, lexical.config.lists()
     key = jax.random.key(1)
@@ -74,7 +73,6 @@ def test_the_hard_mark_draws_green_codes_of_each_images_own_list(lexical, params
     assert not np.array_equal(other.lists(), lists)
 
 
-@pytest.mark.numeric
 def test_speculative_sampling_draws_the_same_marked_tokens(lexical, params):
     fast = config_lib.override(lexical.config, ["decode.proposer=jacobi", "decode.rule=coupled", "decode.length=4"])
     made = fast.recipe().sample(params, jax.random.key(1), LABELS, **PLAIN)
@@ -82,7 +80,6 @@ def test_speculative_sampling_draws_the_same_marked_tokens(lexical, params):
     assert int(made["calls"]) <= int(lexical.made["calls"])
 
 
-@pytest.mark.numeric
 def test_the_lexical_detector_reads_pictures(lexical, params):
     config, images = lexical.config, jnp.asarray(lexical.made["images"])
     found = config.find(params, images, decoys=99)
@@ -102,7 +99,6 @@ def test_the_lexical_detector_reads_pictures(lexical, params):
     assert one.lists().shape == (3, 16, 16)
 
 
-@pytest.mark.numeric
 def test_replacement_uses_the_laws_that_tokens_were_drawn_from(params):
     config = INDEX.get_config("smoke").config
     recipe = config.recipe()
@@ -134,7 +130,6 @@ def test_replacement_uses_the_laws_that_tokens_were_drawn_from(params):
         recipe.sample(params, key, LABELS, share=1.5, **settings)
 
 
-@pytest.mark.numeric
 def test_the_index_detector_reads_with_either_encoder_and_tries_places(params):
     config = dataclasses.replace(INDEX.get_config("smoke").config, mark=IndexMarkConfig(margin=0))
     images = pixels(digits("test").images[:6])
@@ -148,7 +143,6 @@ def test_the_index_detector_reads_with_either_encoder_and_tries_places(params):
     assert cropped.green.shape == (6,) and (np.asarray(cropped.p_value) >= 0.02).all()
 
 
-@pytest.mark.numeric
 def test_the_index_encoder_learns_to_read(params):
     config = config_lib.override(
         INDEX.get_config("smoke").config, ["index_train.swap=0.5", "index_train.optim.lr=0.01", "index_train.steps=30"]
@@ -208,7 +202,6 @@ def test_bad_numbers_are_named():
             config_lib.override(system.get_config("smoke").config, [edit])
 
 
-@pytest.mark.numeric
 def test_attacks_are_what_they_say(params):
     config = LBW.get_config("smoke").config
     variables, images = params["tokenizer"]["tokenizer"], np.asarray(pixels(digits("test").images[:40]))
@@ -227,7 +220,6 @@ def test_attacks_are_what_they_say(params):
     assert any(np.array_equal(piece, images[:, i : i + 6, j : j + 6]) for i in range(3) for j in range(3))
 
 
-@pytest.mark.numeric
 def test_claims_hold_false_positives_and_attacks(params, monkeypatch):
     """With parameters that were not trained; what is measured is right all the same."""
     trained = []
