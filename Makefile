@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make clean
+# make demo | make test | make test-slow | make lint | make clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,7 +7,7 @@ export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-.PHONY: install demo test test-numeric lint compilers compile-check compile-models clean
+.PHONY: install demo test test-slow test-numeric lint compilers compile-check compile-models clean
 
 install: $(STAMP)
 
@@ -21,11 +21,15 @@ demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --workdir runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
+
+# Whole systems, trained and measured at smoke size.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests
 
 # The models, samplers and checkpoints only: for another Python or jax.
 test-numeric: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m numeric tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "numeric and not slow" tests
 
 lint: $(STAMP)
 	$(BIN)/pip install --quiet ruff

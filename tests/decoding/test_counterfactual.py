@@ -20,6 +20,7 @@ def laws(n, v=6):
     return jnp.asarray(np.log(RNG.dirichlet(np.ones(v), n)), jnp.float32)
 
 
+@pytest.mark.slow
 def test_posterior_noise_explains_the_token_and_is_plain_gumbel_noise_over_tokens():
     n, v = 6000, 6
     log_p = laws(n, v)
@@ -38,6 +39,7 @@ def test_posterior_noise_explains_the_token_and_is_plain_gumbel_noise_over_token
     assert stats.kstest(other.ravel(), stats.gumbel_r.cdf).pvalue < 1e-6
 
 
+@pytest.mark.slow
 def test_what_becomes_likelier_stays():
     """Counterfactual stability (Oberst & Sontag 2019): a token gives way only to one whose odds against it rose."""
     n, v = 4000, 6
@@ -100,6 +102,7 @@ def world(table_model):
 ONE = jnp.ones((B,), jnp.int32)
 
 
+@pytest.mark.slow
 def test_an_unchanged_model_writes_the_same_again(world):
     seen = world.look_back(jax.random.key(9), world.written, ONE)
     assert bool(seen.possible.all())
@@ -114,6 +117,7 @@ def test_an_unchanged_model_writes_the_same_again(world):
     np.testing.assert_array_equal(np.asarray(world.sample(jax.random.key(9), seen).tokens)[ok], np.asarray(foreign)[ok])
 
 
+@pytest.mark.slow
 def test_hindsight_noise_of_text_is_gumbel_noise(world):
     noise = np.asarray(world.look_back(jax.random.key(9), world.written, ONE).noise)
     assert stats.kstest(noise.ravel(), stats.gumbel_r.cdf).pvalue > 1e-3
@@ -126,6 +130,7 @@ def test_hindsight_noise_of_text_is_gumbel_noise(world):
     assert same[:, [0, 1, 2, 5, 6]].all() and not same[:, 3:5].any()
 
 
+@pytest.mark.slow
 def test_hindsight_noise_belongs_to_its_row(world):
     order = jnp.array([5, 0, 9, 2])
     read = dict(params=world.target, cache=world.model.cache(4), cond=None, tokens=world.written[order])
@@ -135,6 +140,7 @@ def test_hindsight_noise_belongs_to_its_row(world):
     np.testing.assert_allclose(few.noise, many.noise[order], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_interventions_keep_the_prefix_and_more_of_the_rest_than_chance(world):
     at = jnp.asarray(RNG.integers(1, S - 2, B))
     rows = jnp.arange(B)
@@ -157,6 +163,7 @@ def test_interventions_keep_the_prefix_and_more_of_the_rest_than_chance(world):
     np.testing.assert_array_equal(world.sample(jax.random.key(9), seen, prompt, length).tokens, world.written)
 
 
+@pytest.mark.slow
 def test_drafting_what_was_written_changes_no_token_and_saves_calls(world):
     at = jnp.asarray(RNG.integers(1, S - 2, B))
     rows = jnp.arange(B)
@@ -173,6 +180,7 @@ def test_drafting_what_was_written_changes_no_token_and_saves_calls(world):
     np.testing.assert_array_equal(unchanged.tokens, world.written)
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_an_intervention_too(world):
     """Between the same model and another one, the nearer the more stays."""
     other, shares = world.model.params(1), []
@@ -183,6 +191,7 @@ def test_a_changed_model_is_an_intervention_too(world):
     assert shares[0] == 1 and shares[0] > shares[1] > shares[2]
 
 
+@pytest.mark.slow
 def test_alternatives_are_likely_and_other():
     log_p = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.96, 0.01, 0.02, 0.01]]))
     n = 3000

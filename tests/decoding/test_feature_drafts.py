@@ -105,6 +105,7 @@ def counted(sample, temperature, batches=4):
     return counts, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_drafts_keep_the_law(name, params, laws):
     sample = sampler(METHODS[name](Rejection()), params)
@@ -135,6 +136,7 @@ def plain(params):
     return sampler(None, params)
 
 
+@pytest.mark.slow
 def test_the_wrong_law_fails(params, laws, plain):
     counts, _ = counted(sampler(METHODS["falcon"](Rejection()), params, change=Forgetful), 1.3)
     assert chi_square(counts, laws[1.3]) > 10
@@ -142,6 +144,7 @@ def test_the_wrong_law_fails(params, laws, plain):
     assert abs(chi_square(counts, laws[0.7])) < 4 and chi_square(counts, laws[1.3]) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["falcon", "beam"])
 def test_coupled_drafts_give_the_tokens_of_plain_sampling(name, params, plain):
     options = {} if name == "beam" else {"coupled": True}
@@ -152,6 +155,7 @@ def test_coupled_drafts_give_the_tokens_of_plain_sampling(name, params, plain):
     assert int(got.row_calls.sum()) < 0.9 * int(want.row_calls.sum())
 
 
+@pytest.mark.slow
 def test_ragged_rows_are_what_they_are_alone(params):
     prompt = jnp.array([[1, 3, 0], [1, 1, 1], [3, 0, 0]], jnp.int32)
     lengths, method = jnp.array([3, 2, 1]), METHODS["falcon"](Rejection())
@@ -222,6 +226,7 @@ def guesses(drafter, variables, params, tokens, feats, path):
 TOKENS = jnp.array([[1, 3, 0, 2, 1, 1, 3, 0, 2, 3], [2, 2, 1, 0, 3, 3, 1, 2, 0, 1], [0, 1, 2, 3, 2, 1, 0, 3, 2, 2]], jnp.int32)
 
 
+@pytest.mark.slow
 def test_a_block_tree_is_its_paths(params):
     """Rows of different lengths, over rounds that accept different numbers: the law recorded for each first sibling."""
     proposer, found, feats = proposals(METHODS["falcon"](Rejection()), params, TOKENS, jnp.array([2, 2, 1]))
@@ -257,6 +262,7 @@ def best_paths(params, tokens, feats, *, beam, height, count):
     return {path for path, _ in sorted(scored.items(), key=lambda item: -item[1])[:count]}
 
 
+@pytest.mark.slow
 def test_a_beam_tree_keeps_the_best_paths(params):
     proposer, found, feats = proposals(METHODS["beam"](Rejection()), params, TOKENS, jnp.array([2, 2, 1]))
     assert isinstance(proposer, BeamDrafts)

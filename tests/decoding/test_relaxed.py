@@ -68,6 +68,7 @@ def log(p):
     return jnp.log(jnp.asarray(p, jnp.float32))
 
 
+@pytest.mark.slow
 def test_nearest_codes_are_sorted_and_leave_out_the_code_itself():
     got = nearest_codes(jnp.asarray(CODEBOOK), K, block=4)
     np.testing.assert_array_equal(got, neighbours())
@@ -78,6 +79,7 @@ def test_nearest_codes_are_sorted_and_leave_out_the_code_itself():
             nearest_codes(jnp.asarray(CODEBOOK), k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_one_draft_is_accepted_and_replaced_as_defined(name):
     make, by_hand = RULES[name]
@@ -95,6 +97,7 @@ def test_one_draft_is_accepted_and_replaced_as_defined(name):
     assert np.abs(got.law - P).sum(-1).max() / 2 > 0.05
 
 
+@pytest.mark.slow
 def test_no_relaxation_is_rejection():
     """Bit for bit, for several candidates and for drafts without a law."""
     draws = np.stack([RNG.choice(V, 3, replace=False, p=q) for q in Q]).astype(np.int32)
@@ -120,6 +123,7 @@ def test_no_relaxation_is_rejection():
         assert np.any(np.asarray(some[0]) != np.asarray(want[0]))
 
 
+@pytest.mark.slow
 def test_the_bound_does_not_bound_what_is_emitted():
     """delta = 0.1 and an emitted law farther than that from the target's; the exact rule emits the target's."""
     rule = Lantern(jnp.asarray(neighbours()), 0.1)
@@ -129,6 +133,7 @@ def test_the_bound_does_not_bound_what_is_emitted():
     assert exact.max() < 1e-6
 
 
+@pytest.mark.slow
 def test_thresholds_are_traced():
     traces = []
 
@@ -144,6 +149,7 @@ def test_thresholds_are_traced():
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(first, again))
 
 
+@pytest.mark.slow
 def test_tables_of_another_vocabulary():
     level = Level(log(P), jnp.zeros((ROWS, 1), jnp.int32), None, jnp.ones((ROWS, 1), bool), jnp.zeros((ROWS, 1)), log(P))
     with pytest.raises(ValueError, match=r"neighbours \(8, 4\): expected a row for each of 9 tokens"):
@@ -188,6 +194,7 @@ def world(table_model):
     return world
 
 
+@pytest.mark.slow
 def test_the_compiled_loop_emits_the_law_that_is_computed(world):
     """Whole sequences: chi-square against `chain_law` for the lossy rules, for which the target's law must fail."""
     cells = list(itertools.product(range(VOCAB), repeat=LENGTH))

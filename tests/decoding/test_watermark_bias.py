@@ -20,6 +20,7 @@ LISTS = green_lists(jax.random.key(3), pool=2, vocab=V, gamma=0.5, positions=3)
 KEY = jax.random.key(11)
 
 
+@pytest.mark.slow
 def test_lists_have_their_share_and_differ():
     lists = np.asarray(green_lists(jax.random.key(0), pool=50, vocab=20, gamma=0.25, positions=4))
     assert (lists.sum(-1) == 5).all()
@@ -89,6 +90,7 @@ def world(table_model):
 ROWS = jnp.arange(B)
 
 
+@pytest.mark.slow
 def test_without_bias_the_tokens_are_the_unmarked_ones(world):
     unmarked = world.sampler(Sequential(), Coupled(), lambda delta: lambda logits, c: truncate(logits, top_k=3, temperature=0.9))
     want, got = unmarked(jax.random.key(0), 0.0, ROWS), world.plain(jax.random.key(0), 0.0, ROWS)
@@ -97,6 +99,7 @@ def test_without_bias_the_tokens_are_the_unmarked_ones(world):
     assert len(world.plain.traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tree", "Jacobi"])
 def test_coupled_verification_gives_the_tokens_of_plain_marked_sampling(world, name):
     proposer = {"tree": world.drafter(branches((2, 2)), coupled=True), "Jacobi": Jacobi(3, coupled=True)}[name]
@@ -107,6 +110,7 @@ def test_coupled_verification_gives_the_tokens_of_plain_marked_sampling(world, n
         assert int(got.calls) <= int(want.calls)
 
 
+@pytest.mark.slow
 def test_rejection_keeps_the_marked_law(world):
     """Both lists of the pool have a law of their own; the unmarked law is the control that must fail."""
     lists_of = np.asarray(choose_list(KEY, jnp.arange(4 * B), 2))
@@ -122,6 +126,7 @@ def test_rejection_keeps_the_marked_law(world):
         assert chi_square(counts, world.law(0.0, LISTS[which : which + 1])) > 10
 
 
+@pytest.mark.slow
 def test_every_row_keeps_to_its_own_list(world):
     """The hard mark: all tokens are green under the list of the row's number, whatever the batch."""
     rows = jnp.array([9, 4, 0, 7])

@@ -37,6 +37,7 @@ def text():
     return rng.integers(0, V, (64, S)).astype(np.int32), visible
 
 
+@pytest.mark.slow
 def test_a_query_sees_the_tokens_before_it_and_their_places(call):
     tokens, places = jnp.array([[1, 3, 0, 2, 2, 0]]), jnp.array([[4, 0, 6, 2, 5, 3]])
     targets = jnp.array([[0, 6, 2, 5, 3, 1]])
@@ -53,6 +54,7 @@ def test_a_query_sees_the_tokens_before_it_and_their_places(call):
     np.testing.assert_allclose(call(tokens, places + 3, targets + 3), want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_sees_what_decoding_sees(variables, call):
     """The whole order at once, and in pieces with a cache: a part without queries, drafts from its end, then the rest."""
     tokens, order = jnp.array([[1, 3, 0, 2, 4, 1]]), jnp.array([[4, 0, 6, 2, 5, 1, 3]])
@@ -74,11 +76,13 @@ def test_training_sees_what_decoding_sees(variables, call):
     np.testing.assert_allclose(out.params, want[:, 2:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_step_function_keeps_the_contract(variables):
     order = jnp.array([np.random.default_rng(i).permutation(16) for i in range(2)], jnp.int32)
     check_step(stepper(MODEL), params=variables, cache=MODEL.init_cache(2, 13), cond=order, batch=2, vocab=V)
 
 
+@pytest.mark.slow
 def test_drafts_change_no_token(variables, text):
     """Coupled, rows with different subsets, an order of their own, and one row alone."""
     tokens, visible = text

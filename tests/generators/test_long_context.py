@@ -40,6 +40,7 @@ def world(randomize):
     return world
 
 
+@pytest.mark.slow
 def test_the_output_has_the_targets_law(world):
     sampler, counts = world.sampler(), collections.Counter()
     prompt = np.broadcast_to(world.prompt, (B, P))
@@ -61,6 +62,7 @@ def test_the_output_has_the_targets_law(world):
     assert 1.2 * float(result.row_calls.mean()) < L
 
 
+@pytest.mark.slow
 def test_coupled_levels_give_the_tokens_of_plain_sampling(world):
     """With prompts of all lengths, some shorter than what the caches keep, and far past the ring's end."""
     rng = np.random.default_rng(1)
@@ -77,6 +79,7 @@ def test_coupled_levels_give_the_tokens_of_plain_sampling(world):
     assert sampler._sample._cache_size() <= before + 2  # this sampler's, and the plain one's
 
 
+@pytest.mark.slow
 def test_prompts_of_one_token(world):
     """There is nothing to select from; the second level reads on as the target does."""
 

@@ -62,6 +62,7 @@ def test_unknown_tokens_are_not_read(model, tokens):
         assert (np.abs(np.asarray(apply(variables, *change, method="features") - want)).max((1, 2)) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_hidden_tokens_are_as_good_as_left_out(model, tokens):
     """As published: the encoder reads the known tokens only, the decoder puts its outputs back where they belong."""
     module, variables, apply = model
@@ -94,6 +95,7 @@ def test_the_loss_counts_unknown_tokens(model, tokens):
     assert np.isfinite(apply(variables, labels, tokens, np.ones_like(KNOWN), jax.random.key(1), repeats=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length, steps", [(256, 64), (256, 256), (256, 10), (16, 16), (16, 6), (64, 50), (5, 1)])
 def test_the_counts_are_the_released_ones(length, steps):
     """Li et al.'s loop: the number of masked tokens after each step, at least one fewer, at least one until the last."""
@@ -106,6 +108,7 @@ def test_the_counts_are_the_released_ones(length, steps):
     assert cosine_steps(length, steps).sizes == tuple(sizes) and sum(sizes) == length
 
 
+@pytest.mark.slow
 def test_known_sets():
     known = np.asarray(random_known(jax.random.key(0), 20_000, 10))
     unknown = (~known).sum(1)
@@ -126,6 +129,7 @@ def sampler(model):
     return made, {"generator": variables}
 
 
+@pytest.mark.slow
 def test_the_sampler_is_a_loop_over_steps(sampler, model):
     """Compiled against a plain loop: order, groups, guidance that grows, temperature, the chain step by step."""
     made, params = sampler
@@ -153,6 +157,7 @@ def test_the_sampler_is_a_loop_over_steps(sampler, model):
     assert int(result.calls) == 4
 
 
+@pytest.mark.slow
 def test_a_draft_of_the_same_weights_changes_nothing_but_the_calls(sampler, model):
     made, params = sampler
     labels = jnp.array([1, 2])
@@ -164,6 +169,7 @@ def test_a_draft_of_the_same_weights_changes_nothing_but_the_calls(sampler, mode
     assert (dataclasses.replace(fast, prefill=0.5).prefill_steps, fast.prefill_steps) == (3, 0)
 
 
+@pytest.mark.slow
 def test_settings_are_traced(sampler):
     made, params = sampler
     labels, key = np.array([0, 1]), jax.random.key(0)

@@ -28,11 +28,13 @@ def trained(variables):
     return variables | {"adapters": jax.tree.map(lambda x: x + 0.3, variables["adapters"])}
 
 
+@pytest.mark.slow
 def test_adapters_are_on_what_asks_and_computes(variables):
     paths = {path.removeprefix("transformer/blocks_") for path in variables["adapters"]}
     assert paths == {f"{i}/{part}" for i in (0, 1) for part in ("attention/q", "attention/o", "mlp/w1", "mlp/w2", "mlp/w3")}
 
 
+@pytest.mark.slow
 def test_before_training_it_is_an_early_exit(variables):
     tokens = jax.random.randint(jax.random.key(2), (2, 5), 0, 7)
     view = View(tokens, jnp.arange(5), jnp.tril(jnp.ones((5, 5), bool)))
@@ -42,6 +44,7 @@ def test_before_training_it_is_an_early_exit(variables):
     np.testing.assert_allclose(out.params, want.params, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_fast_stream_asks_the_slow_one(variables):
     """The slow stream and its cache are the base model's, whatever the adapters are; the fast one keeps a step's contract."""
     changed = trained(variables)
@@ -56,6 +59,7 @@ def test_the_fast_stream_asks_the_slow_one(variables):
     check_step(stepper(MODEL), params=changed, cache=MODEL.init_cache(2, 13), cond=None, batch=2, vocab=7, trees=False)
 
 
+@pytest.mark.slow
 def test_both_draft_for_the_whole_model(variables):
     params = {"generator": variables["base"], "fast": {"adapters": trained(variables)["adapters"]}}
     for method in (FastStream(MODEL, 2), EarlyExit(BASE, 2, 2)):

@@ -46,6 +46,7 @@ def world(randomize):
     return world
 
 
+@pytest.mark.slow
 def test_no_drafts_is_the_python_loop(world):
     """Guided laws by full forwards, cut and sampled in NumPy with the noise of position i + 1."""
     got = world.plain(world.params, KEY, LABELS, SETTINGS, Coupled())
@@ -77,6 +78,7 @@ PROPOSERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROPOSERS)
 def test_the_coupled_rule_gives_the_same_pictures_in_fewer_calls(world, name):
     labels = np.arange(24, dtype=np.int32) % (CLASSES + 1)
@@ -87,6 +89,7 @@ def test_the_coupled_rule_gives_the_same_pictures_in_fewer_calls(world, name):
     assert (np.asarray(got.row_calls) <= LENGTH).all() and got.row_calls.mean() < LENGTH
 
 
+@pytest.mark.slow
 def test_settings_and_thresholds_share_a_program(world):
     """And each changes something."""
     sampler, count = world.sampler(Jacobi(3)), SpeculativeImageSampler._sample._cache_size

@@ -42,6 +42,7 @@ def sampler():
     return VisionLanguageSampler(model=MODEL, stop=(2,))
 
 
+@pytest.mark.slow
 def test_cached_is_full(params, sampler):
     tokens = np.random.default_rng(1).integers(0, 5, (6, 7))
     want = jax.jit(lambda: MODEL.apply(params["generator"], IMAGES, tokens))()
@@ -58,6 +59,7 @@ def test_cached_is_full(params, sampler):
     assert np.abs(other - want).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_its_step_keeps_the_contract(params):
     visual = MODEL.apply(params["generator"], IMAGES[:2], method="look")
     cache = MODEL.init_cache(2, MODEL.visual_tokens + 13)
@@ -67,6 +69,7 @@ def test_its_step_keeps_the_contract(params):
     check_step(stepper(MODEL), params=params["generator"], cache=cache, cond=None, batch=2, vocab=5)
 
 
+@pytest.mark.slow
 def test_drafts_from_pictures_change_nothing(params, sampler):
     """The tokens of plain sampling, with different numbers of visual tokens a row, in one trace for two temperatures."""
     draft = FeatureDraft(MODEL, DRAFTER, RuntimeTree(5, 3), Coupled(), beam=2)
@@ -87,6 +90,7 @@ def test_drafts_from_pictures_change_nothing(params, sampler):
     assert VisionLanguageSampler._sample._cache_size() == traces + 2
 
 
+@pytest.mark.slow
 def test_the_drafter_sees_what_it_was_trained_on(params, sampler):
     """Features that a cache gives are those of the whole sequence, the compressed picture before it."""
     method = PictureDraft(FeatureDraft(MODEL, DRAFTER, RuntimeTree(2, 1), beam=2))

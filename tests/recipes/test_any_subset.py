@@ -37,6 +37,7 @@ def test_published_sizes():
     assert (config.model_train.steps * config.model_train.batch_size, config.data.length + 1) == (120_000_000, 512)
 
 
+@pytest.mark.slow
 def test_what_is_hidden_grows():
     hidden = SubsetConfig(hidden=(0.6, 0.75), warmup=100)
     for step, want in ((0, (0.15, 0.15)), (50, (0.375, 0.45)), (1000, (0.6, 0.75))):
@@ -53,6 +54,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("any_subset")
 
 
+@pytest.mark.slow
 def test_trained_and_sampled(folder):
     """Blanks are filled and the end is continued; what was given stays."""
     with reuse(folder):
@@ -72,6 +74,7 @@ def test_trained_and_sampled(folder):
     assert any(name.endswith("nll_ahead") for name in row)
 
 
+@pytest.mark.slow
 def test_the_claim_runs(folder):
     with reuse(folder):
         (claim,) = MODULE.claim("smoke", log=lambda line: None)

@@ -34,6 +34,7 @@ def told(params):
     return CONFIG.recipe().sample(params, jax.random.key(0), TOLD, length=S, top_p=0.9)
 
 
+@pytest.mark.slow
 def test_a_sample_keeps_the_prefix_and_changes_one_byte(told):
     tokens, factual, at = told["tokens"], told["factual"], told["at"]
     lengths = np.array([len(text) for text in TOLD])
@@ -45,6 +46,7 @@ def test_a_sample_keeps_the_prefix_and_changes_one_byte(told):
         assert row[i] != other[i]
 
 
+@pytest.mark.slow
 def test_the_same_noise_writes_the_same_and_drafts_change_nothing(params):
     variables, sampler = modules(params)["generator"], CONFIG.build_replay()
     slow = dataclasses.replace(CONFIG, replay=ReplayConfig(drafts=0)).build_replay()
@@ -66,6 +68,7 @@ def test_the_same_noise_writes_the_same_and_drafts_change_nothing(params):
     np.testing.assert_array_equal(back.tokens, foreign)
 
 
+@pytest.mark.slow
 def test_intervals_by_hand():
     factual, told = np.array([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]), np.array([[1, 9, 3, 4, 6], [1, 2, 9, 3, 4]])
     stays, distance = intervals(factual, told, np.array([2, 3]))
@@ -74,6 +77,7 @@ def test_intervals_by_hand():
     assert distance == pytest.approx((1 / 3 + 2 / 2) / 2)
 
 
+@pytest.mark.slow
 def test_the_claim_sets_the_same_noise_against_new_noise(params, monkeypatch):
     monkeypatch.setattr(claims, "trained", lambda config, seed, log: (None, params))
     options = dict(temperatures=(1.0,), texts=B, prompt=4, length=S, log=lambda text: None)

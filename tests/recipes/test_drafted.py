@@ -114,6 +114,7 @@ def update(aligned):
     return stage.init(KEY, frozen), update
 
 
+@pytest.mark.slow
 def test_responses_are_the_targets_and_made_anew_in_time(aligned, update):
     config, frozen, batch = aligned
     assert batch["tokens"].shape == (8, 33)
@@ -132,6 +133,7 @@ def test_responses_are_the_targets_and_made_anew_in_time(aligned, update):
         np.testing.assert_array_equal(pools[0][i::2], want[i::2])
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_objectives(aligned):
     """On the text itself, where nothing has to be sampled by the target."""
     config, frozen, batch = aligned
@@ -159,6 +161,7 @@ def test_losses_are_those_of_the_objectives(aligned):
         np.testing.assert_allclose(evaluated[name], value.mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_alignment_raises_acceptance(update):
     """A few large steps on one pool."""
     ((params, state), update), accepted = update, []
@@ -168,6 +171,7 @@ def test_alignment_raises_acceptance(update):
     assert np.mean(accepted[-5:]) > np.mean(accepted[:5]) + 0.05
 
 
+@pytest.mark.slow
 def test_later_stages_start_from_earlier_ones(randomize):
     """The context's stage goes on with the target, on longer examples, and its weights are the ones sampled from."""
     config = TRIFORCE.get_config("smoke").config

@@ -19,6 +19,7 @@ def load(name):
     return cli.load_config_file(str(CONFIGS / f"{name}.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_acceptances_are_those_of_the_rules(k):
     """Against the rules themselves on drafts drawn from one pair of laws."""
@@ -67,6 +68,7 @@ def seen(monkeypatch, randomize):
     return seen
 
 
+@pytest.mark.slow
 def test_selection_is_compared(seen):
     rows, exact = load("spectr").claim("smoke", seeds=1, log=lambda line: None)
     names = ["plain", "one chain", "2 chains, K-SEQ", "2 chains, recursive"]
@@ -79,6 +81,7 @@ def test_selection_is_compared(seen):
         assert fewer["K-SEQ"] < row["K-SEQ"] <= row["bound"] and fewer["recursive"] < row["recursive"] <= row["bound"]
 
 
+@pytest.mark.slow
 def test_alignment_is_compared(seen):
     claim, = load("direct_alignment").claim("smoke", seeds=2, log=lambda line: None)
     losses = ["likelihood", "kl", "tvd", "tvd++", "tvd", "tvd++"]
@@ -91,6 +94,7 @@ def test_alignment_is_compared(seen):
         load("direct_alignment").claim("smoke", seeds=0)
 
 
+@pytest.mark.slow
 def test_levels_and_caches_are_compared(seen):
     """With room for the whole prompt a sparse cache is the full one; with less it is not."""
     levels, caches = load("triforce").claim("smoke", seeds=1, log=lambda line: None)

@@ -34,6 +34,7 @@ def test_published_sizes(name, millions):
     assert count == pytest.approx(by_hand / 1e6, rel=1e-3) and count == pytest.approx(millions, rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_trained_sampled_and_measured(name, tmp_path):
     recipe = MODULES[name].get_config("smoke")

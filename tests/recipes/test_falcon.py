@@ -46,6 +46,7 @@ def test_published_sizes():
     assert [len(level) for level in config.topology.levels] == [20, 19, 21, 15]
 
 
+@pytest.mark.slow
 def test_what_a_guess_depends_on(randomize):
     """Its own block and those before: vectors of pairs in later blocks change nothing."""
     drafter = FeatureDrafter(width=8, heads=2, block=3, recurrent=1)
@@ -62,6 +63,7 @@ def test_what_a_guess_depends_on(randomize):
             np.testing.assert_array_equal(moved, np.arange(11) >= max(first, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compiles")
 def test_training_makes_the_drafter_agree():
     """On one batch, with the target's random laws; glancing shows positions at first, and none at the end."""
@@ -92,6 +94,7 @@ def test_training_makes_the_drafter_agree():
     assert metrics["shown"] == 0
 
 
+@pytest.mark.slow
 def test_the_claim_compares_equals(monkeypatch):
     """Drafters differ in one thing at a time and are trained alike; what trains and measures is tested elsewhere."""
     trained, compared = {}, {}

@@ -43,6 +43,7 @@ def params(randomize):
     return {"generator": {"generator": jax.tree.map(jnp.asarray, randomize(shapes, seed=4))}}
 
 
+@pytest.mark.slow
 def test_the_sampler_gives_the_tokens_of_the_plain_one(params):
     """Seven prompts through four slots, drafts or not: the tokens of one batch, row by row."""
     recipe = FLOVER.get_config("smoke")
@@ -57,6 +58,7 @@ def test_the_sampler_gives_the_tokens_of_the_plain_one(params):
     assert (out["status"] == FULL).all()
 
 
+@pytest.mark.slow
 def test_drafting_in_the_slots(params):
     """What repeats is drafted: the same tokens of a greedy sampler, in fewer calls."""
     plain, drafted = FLOVER.get_config("smoke"), FLOVER.get_config("smoke").override(["serving.lookup=2"])
@@ -84,6 +86,7 @@ def test_bad_input(params):
             recipe.sample(params, jax.random.key(0), [prompt], length=24, **settings)
 
 
+@pytest.mark.slow
 def test_streams_are_poisson_and_mixed():
     config = FLOVER.get_config("smoke").config
     stream = serving_claims.stream(config, requests=2000, gap=0.25, prompt=(2, 12), new=(3, 9), seed=1)
@@ -94,6 +97,7 @@ def test_streams_are_poisson_and_mixed():
     assert len({arrival.request["settings"] for arrival in stream}) == 4
 
 
+@pytest.mark.slow
 def test_the_claim():
     said = []
     (claim,) = FLOVER.claim("smoke", seeds=1, log=said.append)

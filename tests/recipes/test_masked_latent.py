@@ -110,6 +110,7 @@ def learnt():
     return recipe, {"generator": start}, {"generator": params}, float(loss), pixels(batch["image"][:4])
 
 
+@pytest.mark.slow
 def test_a_few_images_are_learnt_and_drawn_by_class(learnt):
     recipe, before, after, loss, images = learnt
     labels = np.arange(32) % 4
@@ -132,6 +133,7 @@ def test_sampling_refuses_truncation(learnt):
             recipe.sample(params, jax.random.key(2), np.arange(2), **{option: value})
 
 
+@pytest.mark.slow
 def test_training_dropout_and_dropped_labels_matter(learnt):
     recipe, _, params, _, images = learnt
     batch = {"image": np.asarray((images + 1) * 127.5, np.uint8), "label": np.arange(4)}
@@ -162,6 +164,7 @@ def test_bad_configurations():
             make()
 
 
+@pytest.mark.slow
 def test_the_claim(monkeypatch):
     """The table of the smoke budget, nothing trained: who is compared, and what the columns count."""
 

@@ -31,6 +31,7 @@ def test_published_sizes():
     assert sum(x.size for x in jax.tree.leaves(shapes)) == pytest.approx(by_hand, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_claims_run():
     drafts, experts = MODULE.claim("smoke", log=lambda line: None)
     assert [row["method"] for row in drafts.rows] == ["plain", "early exit after 2", "fast stream"]

@@ -31,6 +31,7 @@ def test_published_sizes():
     assert added["adapters"]["transformer/blocks_0/attention/q"]["a"].shape == (4096, 128)
 
 
+@pytest.mark.slow
 def test_trained_and_sampled(tmp_path):
     recipe = MODULE.get_config("smoke")
     results = train(recipe, tmp_path, run=recipe.config.run, log=lambda line: None)
@@ -40,6 +41,7 @@ def test_trained_and_sampled(tmp_path):
     assert {"loss", "nll", "nll_base", "distance", "accuracy_1", "accuracy_2"} <= results["multi_token"].metrics.keys()
 
 
+@pytest.mark.slow
 def test_the_claim_runs():
     (claim,) = MODULE.claim("smoke", log=lambda line: None)
     assert [row["method"] for row in claim.rows] == ["plain", "2 masks", "2 masks, coupled"] * 2

@@ -47,6 +47,7 @@ def test_published_sizes():
     assert compressor == gate + score + conv + (144 * d + 576 * d + 4 * (d * d + d))
 
 
+@pytest.mark.slow
 def test_losses_count_answers_alone():
     """Traced, not run: what a stage's loss gives, and which positions count."""
     config = SPEC_VLM.get_config("smoke").config
@@ -66,6 +67,7 @@ def test_losses_count_answers_alone():
     assert {f"way_{way}" for way in config.compressor.ways} <= set(metrics)
 
 
+@pytest.mark.slow
 def test_the_sampler_continues_prompts(quick_compiles):
     config = SPEC_VLM.get_config("smoke").config
     recipe = config.recipe()
@@ -88,6 +90,7 @@ def test_the_sampler_continues_prompts(quick_compiles):
     assert count == 4 and shares == [1] and cost > 0
 
 
+@pytest.mark.slow
 def test_the_claim_compares_equals(monkeypatch):
     """One target; drafters that differ in what they see of the picture."""
     trained, compared = [], {}

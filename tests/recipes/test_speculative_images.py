@@ -74,6 +74,7 @@ def test_what_the_fields_build(config):
     assert isinstance(rule, Grouped) and (rule.below, rule.above, rule.p_radius, rule.d_radius) == (2, 3, 0.1, 0.7)
 
 
+@pytest.mark.slow
 def test_the_draft_is_trained_as_a_generator_of_its_own_size(config, params):
     """Its loss is that of a recipe whose generator has the draft's size."""
     stage = config.recipe().stage("draft")
@@ -91,6 +92,7 @@ def test_the_draft_is_trained_as_a_generator_of_its_own_size(config, params):
     assert set(shapes) == {"draft"}
 
 
+@pytest.mark.slow
 def test_the_recipe_samples_with_its_rule(config, params):
     """The table is made once; delta changes what is accepted; a new codebook makes a new table."""
     recipe = config_lib.override(config, ["decode.delta=0.6", "decode.neighbours=15"]).recipe()
@@ -161,6 +163,7 @@ def test_published_decoding():
     assert (lantern.neighbours, lantern.delta, lantern.relative) == (1000, 0.1, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_claims_check_their_budget_and_edits(name):
     with pytest.raises(ValueError, match="budget 'huge' is not one of smoke, small"):

@@ -33,6 +33,7 @@ def test_published_sizes():
     assert count / 1e9 == pytest.approx(2.70, abs=0.01)
 
 
+@pytest.mark.slow
 def test_trained_sampled_and_measured():
     claim = MODULE.claim("smoke", log=lambda line: None)[0]
     assert [row["positions a call"] for row in claim.rows] == [1, 3, 5, 5, 5]

@@ -58,6 +58,7 @@ def encoded(config, variables, images):
     return jax.jit(lambda v, x: config.build_tokenizer().apply(v, x, method="encode"))(variables, images)
 
 
+@pytest.mark.slow
 def test_the_hard_mark_draws_green_codes_of_each_images_own_list(lexical, params):
     config, lists = lexical.config, lexical.config.lists()
     key = jax.random.key(1)
@@ -73,6 +74,7 @@ def test_the_hard_mark_draws_green_codes_of_each_images_own_list(lexical, params
     assert not np.array_equal(other.lists(), lists)
 
 
+@pytest.mark.slow
 def test_speculative_sampling_draws_the_same_marked_tokens(lexical, params):
     fast = config_lib.override(lexical.config, ["decode.proposer=jacobi", "decode.rule=coupled", "decode.length=4"])
     made = fast.recipe().sample(params, jax.random.key(1), LABELS, **PLAIN)
@@ -80,6 +82,7 @@ def test_speculative_sampling_draws_the_same_marked_tokens(lexical, params):
     assert int(made["calls"]) <= int(lexical.made["calls"])
 
 
+@pytest.mark.slow
 def test_the_lexical_detector_reads_pictures(lexical, params):
     config, images = lexical.config, jnp.asarray(lexical.made["images"])
     found = config.find(params, images, decoys=99)
@@ -99,6 +102,7 @@ def test_the_lexical_detector_reads_pictures(lexical, params):
     assert one.lists().shape == (3, 16, 16)
 
 
+@pytest.mark.slow
 def test_replacement_uses_the_laws_that_tokens_were_drawn_from(params):
     config = INDEX.get_config("smoke").config
     recipe = config.recipe()
@@ -130,6 +134,7 @@ def test_replacement_uses_the_laws_that_tokens_were_drawn_from(params):
         recipe.sample(params, key, LABELS, share=1.5, **settings)
 
 
+@pytest.mark.slow
 def test_the_index_detector_reads_with_either_encoder_and_tries_places(params):
     config = dataclasses.replace(INDEX.get_config("smoke").config, mark=IndexMarkConfig(margin=0))
     images = pixels(digits("test").images[:6])
@@ -143,6 +148,7 @@ def test_the_index_detector_reads_with_either_encoder_and_tries_places(params):
     assert cropped.green.shape == (6,) and (np.asarray(cropped.p_value) >= 0.02).all()
 
 
+@pytest.mark.slow
 def test_the_index_encoder_learns_to_read(params):
     config = config_lib.override(
         INDEX.get_config("smoke").config, ["index_train.swap=0.5", "index_train.optim.lr=0.01", "index_train.steps=30"]
