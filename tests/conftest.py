@@ -1,5 +1,6 @@
 """What all tests share: a CPU, a compilation cache, tiny models whose every weight is random, and the reference data."""
 
+import gc
 import os
 import types
 from pathlib import Path
@@ -88,6 +89,16 @@ def shared():
     if not path.is_dir():
         pytest.skip(f"{path}: no reference data")
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Compiled functions map memory, of which Linux lets a process have 65,530 pieces: those of earlier modules go in time."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
