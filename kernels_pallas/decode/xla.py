@@ -40,7 +40,8 @@ def forward(q, k_cache, v_cache, lengths, *, layer, problem: Problem, device: De
 
     def step(start, live, carry):
         acc, m, l = carry
-        k, v = (_chunk(cache, start, live, layer) for cache in (k_cache, v_cache))
+        # What lies in k past the lengths may be anything, too, but its scores are discarded.
+        k, v = _part(k_cache, start, live.shape[1], layer), _chunk(v_cache, start, live, layer)
         s = jnp.where(live[:, None, None, :], _dot("bgnd,bsgd->bgns", q, k) * problem.scale, -jnp.inf)
         m_new = jnp.maximum(m, s.max(axis=-1))
         finite = jnp.where(m_new == -jnp.inf, 0.0, m_new)
@@ -120,11 +121,15 @@ def _loop(step: Callable, carry, lengths, problem: Problem, chunk: int):
 
 def _chunk(cache, start, live, layer=None):
     """Positions of a cache, cleared where not live: 0 * NaN is NaN, and what lies there may be anything."""
+    part = _part(cache, start, live.shape[1], layer)
+    return jnp.where(live[:, :, None, None], part, jnp.zeros_like(part))
+
+
+def _part(cache, start, size, layer=None):
     if layer is None:
         cache, layer = cache[None], 0
     _, b, _, g, d = cache.shape
-    part = lax.dynamic_slice(cache, (layer, 0, start, 0, 0), (1, b, live.shape[1], g, d))[0]
-    return jnp.where(live[:, :, None, None], part, jnp.zeros_like(part))
+    return lax.dynamic_slice(cache, (layer, 0, start, 0, 0), (1, b, size, g, d))[0]
 
 
 def _add(cache, start, part):
