@@ -138,12 +138,12 @@ def torch_sampler(variables, model: LanguageModel, prompt, new_tokens: int) -> C
     blocks = []
     for i in range(model.depth):
         block = p["transformer"][f"blocks_{i}"]
-        q, k, v = (block["attention"][name]["kernel"].reshape(model.width, -1) for name in "qkv")
+        qkv = block["attention"]["qkv"]["kernel"]  # [d, h, 3, k]
         blocks.append(
             {
-                "qkv": torch.cat([q, k, v], dim=1).T.contiguous(),
+                "qkv": qkv.transpose(1, 2).reshape(model.width, -1).T.contiguous(),
                 "o": block["attention"]["o"]["kernel"].reshape(-1, model.width).T.contiguous(),
-                "w13": torch.cat([block["mlp"]["w1"]["kernel"], block["mlp"]["w3"]["kernel"]], dim=1).T.contiguous(),
+                "w13": block["mlp"]["w13"]["kernel"].reshape(model.width, -1).T.contiguous(),
                 "w2": block["mlp"]["w2"]["kernel"].T.contiguous(),
                 "norm1": block["attention_norm"]["scale"],
                 "norm2": block["mlp_norm"]["scale"],

@@ -58,7 +58,7 @@ class MultiRateModel:
         """What is trained, for a base model with variables `base`."""
         layers = linear_layers(self.base, base, jnp.zeros((1, 4), jnp.int32))
         fast = tuple(f"transformer/blocks_{i}/" for i in range(self.exit))
-        parts = ("attention/q", "attention/o", "mlp/")
+        parts = ("attention/", "mlp/")
 
         def where(path):
             return path.startswith(fast) and any(part in path for part in parts) and "router" not in path

@@ -113,7 +113,7 @@ class LlamaGen:
     def save(self, *, generator: str, tokenizer: str) -> None:
         """Writes safetensors with the authors' names and layout."""
         tensors = to_torch(self.params["generator"]["params"], generator_rules(self.generator))
-        write_safetensors(generator, _join_qkv(tensors))
+        write_safetensors(generator, _split_gates(tensors))
         flexvar.save_tokenizer(tokenizer, self.tokenizer, self.params["tokenizer"])
 
     def _checked(self, tokens) -> tuple[Int[Array, "b l"], int]:
@@ -191,7 +191,7 @@ def load_generator(
         dtype=jnp.dtype(dtype),
         **condition,
     )
-    state, expected = _split_qkv(state, width), module.param_shapes()["params"]
+    state, expected = _join_gates(state), module.param_shapes()["params"]
     return module, {"params": read_params(path, state, generator_rules(module), BUFFERS, expected)}
 
 
@@ -201,38 +201,39 @@ def _cached_grid(state: Mapping[str, np.ndarray], prefix: int) -> int:
     return 0 if cache is None or cache.ndim != 4 else int(max(cache.shape[2] - prefix, 0) ** 0.5)
 
 
-def _split_qkv(state: Mapping[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
-    """Queries, keys and values by themselves."""
-    out = {}
-    for name, array in state.items():
-        base, found, _ = name.partition(".wqkv.")
-        if not found or array.ndim != 2:
-            out[name] = array
-            continue
-        end = (array.shape[0] + width) // 2
-        out |= {f"{base}.{part}.weight": x for part, x in zip(("wq", "wk", "wv"), np.split(array, [width, end]))}
+def _join_gates(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The two matrices before the product of each SwiGLU as one, [2, hidden, d]."""
+    out = dict(state)
+    for name in state:
+        other, joined = (name.replace(".w1.", w) for w in (".w3.", ".w13."))
+        if ".w1." in name and other in state and state[name].shape == state[other].shape:
+            out[joined] = np.stack([out.pop(name), out.pop(other)])
     return out
 
 
-def _join_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `_split_qkv`."""
+def _split_gates(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `_join_gates`."""
     out = {}
     for name, array in state.items():
-        base, found, _ = name.partition(".wq.")
-        if found:
-            out[f"{base}.wqkv.weight"] = np.concatenate([state[f"{base}.{part}.weight"] for part in ("wq", "wk", "wv")])
-        elif ".wk." not in name and ".wv." not in name:
-            out[name] = array
+        parts = zip(("w1", "w3"), array) if ".w13." in name else ((None, array),)
+        out |= {name.replace(".w13.", f".{w}."): part for w, part in parts}
     return out
 
 
 def generator_rules(module: ImageLlama) -> tuple[Rule, ...]:
-    """Published names of a generator's parameters, queries, keys and values by themselves."""
-    d, heads = module.width, module.heads
+    """Published names of a generator's parameters, with `w13` of `_join_gates` for their `w1` and `w3`."""
+    d, heads, groups = module.width, module.heads, module.kv_heads or module.heads
+    size, ratio = d // heads, heads // groups
     theirs, ours = "layers.{i}", "transformer/blocks" if module.scan_layers else "transformer/blocks_{i}"
 
-    def project(n: int) -> Layout:
-        return Layout(lambda x: x.T.reshape(d, n, d // heads), lambda x: x.reshape(d, n * d // heads).T)
+    def by_group(x):
+        """Queries, keys and values one after the other -> each group's together."""
+        parts = np.split(x.T.reshape(d, heads + 2 * groups, size), [heads, heads + groups], axis=1)
+        return np.concatenate([part.reshape(d, groups, -1, size) for part in parts], axis=2)
+
+    def by_part(x):
+        parts = np.split(x, [ratio, ratio + 1], axis=2)
+        return np.concatenate([part.reshape(d, -1) for part in parts], axis=1).T
 
     out = Layout(lambda x: x.T.reshape(heads, d // heads, d), lambda x: x.reshape(d, d).T)
     rules = [
@@ -241,13 +242,10 @@ def generator_rules(module: ImageLlama) -> tuple[Rule, ...]:
         *linear_rules("output", "head", bias=False),
         Rule(f"{theirs}.attention_norm.weight", f"{ours}/attention_norm/scale"),
         Rule(f"{theirs}.ffn_norm.weight", f"{ours}/mlp_norm/scale"),
-        Rule(f"{theirs}.attention.wq.weight", f"{ours}/attention/q/kernel", project(heads)),
-        *(
-            Rule(f"{theirs}.attention.w{part}.weight", f"{ours}/attention/{part}/kernel", project(module.kv_heads or heads))
-            for part in "kv"
-        ),
+        Rule(f"{theirs}.attention.wqkv.weight", f"{ours}/attention/qkv/kernel", Layout(by_group, by_part)),
         Rule(f"{theirs}.attention.wo.weight", f"{ours}/attention/o/kernel", out),
-        *(rule for w in ("w1", "w2", "w3") for rule in linear_rules(f"{theirs}.feed_forward.{w}", f"{ours}/mlp/{w}", bias=False)),
+        Rule(f"{theirs}.feed_forward.w13.weight", f"{ours}/mlp/w13/kernel", Layout(lambda x: x.transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0))),
+        *linear_rules(f"{theirs}.feed_forward.w2", f"{ours}/mlp/w2", bias=False),
     ]
     if module.num_classes:
         return (*rules, Rule("cls_embedding.embedding_table.weight", "class_embed/embedding"))

@@ -17,7 +17,7 @@ __all__ = ["LlamaBlock", "LlamaTransformer", "RotaryAttention", "SwiGLU"]
 
 
 class SwiGLU(nn.Module):
-    """(silu(x W1) * x W3) W2, without biases (Shazeer 2020, equation 6).
+    """(silu(x W1) * x W3) W2, without biases (Shazeer 2020, equation 6); W1 and W3 are one kernel [d, 2, hidden].
 
     Attributes:
       hidden: width between.
@@ -33,16 +33,17 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        def dense(width, std, name):
-            return nn.Dense(width, use_bias=False, kernel_init=nn.initializers.normal(std), dtype=self.dtype, name=name)
+        def dense(features, std, name):
+            return nn.DenseGeneral(features, use_bias=False, kernel_init=nn.initializers.normal(std), dtype=self.dtype, name=name)
 
-        gate = nn.silu(dense(self.hidden, self.init_std, "w1")(x))
-        up = dense(self.hidden, self.init_std, "w3")(x)
-        return dense(x.shape[-1], self.out_std, "w2")(gate * up)
+        both = dense((2, self.hidden), self.init_std, "w13")(x)
+        return dense(x.shape[-1], self.out_std, "w2")(nn.silu(both[..., 0, :]) * both[..., 1, :])
 
 
 class RotaryAttention(nn.Module):
     """Self-attention with rotary positions and grouped key/value heads (Ainslie et al. 2023), without biases.
+
+    One kernel [d, g, h / g + 2, k] projects: by key/value head its queries, its key and its value, so that heads can be sharded.
 
     Attributes:
       heads: h.
@@ -80,13 +81,10 @@ class RotaryAttention(nn.Module):
         head_size = self.head_size or width // self.heads
         init = nn.initializers.normal(self.init_std)
 
-        def project(heads, name):
-            shape = (heads, head_size)
-            return nn.DenseGeneral(shape, use_bias=False, kernel_init=init, dtype=self.dtype, name=name)(x)
-
-        q, k, v = rotate(project(self.heads, "q"), pos, theta=self.theta), None, None
-        if stage:
-            k, v = rotate(project(self.kv_heads, "k"), pos, theta=self.theta), project(self.kv_heads, "v")
+        shape = (self.kv_heads, self.heads // self.kv_heads + 2, head_size)
+        qkv = nn.DenseGeneral(shape, use_bias=False, kernel_init=init, dtype=self.dtype, name="qkv")(x)
+        q = rotate(qkv[..., :-2, :].reshape(*x.shape[:-1], self.heads, head_size), pos, theta=self.theta)
+        k, v = (rotate(qkv[..., -2, :], pos, theta=self.theta), qkv[..., -1, :]) if stage else (None, None)
         if cache is None:
             visible = self.mask if mask is None else _with_heads(mask)
             out = attend(q, k, v, visible, implementation=self.implementation)

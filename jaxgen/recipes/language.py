@@ -27,13 +27,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Heads and hidden units over "tensor", the other large axis over "fsdp". Scanned blocks have a leading layer axis.
 RULES = (
-    (r"blocks/attention/[qkv]/kernel", P(None, "fsdp", "tensor", None)),
+    (r"blocks/attention/qkv/kernel", P(None, "fsdp", "tensor", None, None)),
     (r"blocks/attention/o/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks/mlp/w[13]/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/mlp/w13/kernel", P(None, "fsdp", None, "tensor")),
     (r"blocks/mlp/w2/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks_\d+/attention/[qkv]/kernel", P("fsdp", "tensor", None)),
+    (r"blocks_\d+/attention/qkv/kernel", P("fsdp", "tensor", None, None)),
     (r"blocks_\d+/attention/o/kernel", P("tensor", None, "fsdp")),
-    (r"blocks_\d+/mlp/w[13]/kernel", P("fsdp", "tensor")),
+    (r"blocks_\d+/mlp/w13/kernel", P("fsdp", None, "tensor")),
     (r"blocks_\d+/mlp/w2/kernel", P("tensor", "fsdp")),
     (r"head/kernel", P("fsdp", "tensor")),
     (r"embed/embedding", P("tensor", "fsdp")),

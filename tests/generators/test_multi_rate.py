@@ -31,7 +31,7 @@ def trained(variables):
 @pytest.mark.slow
 def test_adapters_are_on_what_asks_and_computes(variables):
     paths = {path.removeprefix("transformer/blocks_") for path in variables["adapters"]}
-    assert paths == {f"{i}/{part}" for i in (0, 1) for part in ("attention/q", "attention/o", "mlp/w1", "mlp/w2", "mlp/w3")}
+    assert paths == {f"{i}/{part}" for i in (0, 1) for part in ("attention/qkv", "attention/o", "mlp/w13", "mlp/w2")}
 
 
 @pytest.mark.slow

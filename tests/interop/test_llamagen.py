@@ -57,7 +57,7 @@ def test_a_caption_model_goes_out_and_comes_back(randomize, tmp_path):
         vocab=7, grid=3, width=32, heads=4, depth=2, kv_heads=2, hidden=32, caption_width=6, prefix=4, scan_layers=True
     )
     params = randomize(module.param_shapes())
-    tensors = llamagen._join_qkv(to_torch(params["params"], llamagen.generator_rules(module)))
+    tensors = llamagen._split_gates(to_torch(params["params"], llamagen.generator_rules(module)))
     assert tensors["layers.1.attention.wqkv.weight"].shape == (32 + 2 * 16, 32)
     assert tensors["cls_embedding.cap_proj.fc1.weight"].shape == (32, 6)
     path = str(tmp_path / "t2i.safetensors")

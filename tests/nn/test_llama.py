@@ -66,7 +66,9 @@ def by_hand(params, x):
             return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale["scale"]
 
         h = norm(x, p["attention_norm"])
-        q, k, v = (np.einsum("bld,dhk->blhk", h, p["attention"][name]["kernel"]) for name in "qkv")
+        qkv = p["attention"]["qkv"]["kernel"]  # two queries, a key and a value for each of two heads
+        q = np.einsum("bld,dhk->blhk", h, qkv[:, :, :2].reshape(16, 4, 4))
+        k, v = (np.einsum("bld,dhk->blhk", h, qkv[:, :, part]) for part in (2, 3))
         place = np.arange(LENGTH)[:, None]
         q, k = (np.stack([turned(row, place, 10000.0) for row in part]) for part in (q, k))
         out = np.zeros_like(q)
@@ -77,8 +79,8 @@ def by_hand(params, x):
             out[:, :, head] = weights / weights.sum(-1, keepdims=True) @ v[:, :, head // 2]
         x = x + np.einsum("blhk,hkd->bld", out, p["attention"]["o"]["kernel"])
         h, mlp = norm(x, p["mlp_norm"]), p["mlp"]
-        gate = h @ mlp["w1"]["kernel"]
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ mlp["w3"]["kernel"])) @ mlp["w2"]["kernel"]
+        gate, up = (h @ mlp["w13"]["kernel"][:, part] for part in (0, 1))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ mlp["w2"]["kernel"]
     return x
 
 

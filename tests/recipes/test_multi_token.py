@@ -28,7 +28,7 @@ def test_published_sizes():
     shapes = jax.eval_shape(config.build_model().init, jax.random.key(0), np.zeros((1, 4), np.int32))
     assert sum(x.size for x in jax.tree.leaves(shapes)) / 1e9 == pytest.approx(8.03, abs=0.01)
     added = jax.eval_shape(config.build_target().init, jax.random.key(0), shapes)
-    assert added["adapters"]["transformer/blocks_0/attention/q"]["a"].shape == (4096, 128)
+    assert added["adapters"]["transformer/blocks_0/attention/qkv"]["a"].shape == (4096, 128)
 
 
 @pytest.mark.slow
