@@ -235,6 +235,7 @@ def generator_rules(module: ImageLlama) -> tuple[Rule, ...]:
         parts = np.split(x, [ratio, ratio + 1], axis=2)
         return np.concatenate([part.reshape(d, -1) for part in parts], axis=1).T
 
+    gates = Layout(lambda x: x.transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0))
     out = Layout(lambda x: x.T.reshape(heads, d // heads, d), lambda x: x.reshape(d, d).T)
     rules = [
         Rule("tok_embeddings.weight", "token_embed/embedding"),
@@ -244,7 +245,7 @@ def generator_rules(module: ImageLlama) -> tuple[Rule, ...]:
         Rule(f"{theirs}.ffn_norm.weight", f"{ours}/mlp_norm/scale"),
         Rule(f"{theirs}.attention.wqkv.weight", f"{ours}/attention/qkv/kernel", Layout(by_group, by_part)),
         Rule(f"{theirs}.attention.wo.weight", f"{ours}/attention/o/kernel", out),
-        Rule(f"{theirs}.feed_forward.w13.weight", f"{ours}/mlp/w13/kernel", Layout(lambda x: x.transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0))),
+        Rule(f"{theirs}.feed_forward.w13.weight", f"{ours}/mlp/w13/kernel", gates),
         *linear_rules(f"{theirs}.feed_forward.w2", f"{ours}/mlp/w2", bias=False),
     ]
     if module.num_classes:

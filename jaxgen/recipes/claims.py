@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from jaxgen.train import save_params, train
 
 __all__ = [
     "Claim",
+    "add_times",
     "compare_generators",
     "costs",
     "mean_and_spread",
@@ -83,7 +84,7 @@ def compare_generators(
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected at least 1")
-    rows = []
+    rows, last = [], []
     judge, tokenizers = {}, {}
     for name, config in systems.items():
         measured, shared = [], _tokenizer_key(config)
@@ -108,12 +109,12 @@ def compare_generators(
         row |= {"model calls": order.steps, "tokens": order.length} if order else {"model calls": "", "tokens": ""}
         for column in measured[0]:
             row[column] = mean_and_spread([m[column] for m in measured])
-        for batch in (1, 64):
-            row[f"ms/image, batch {batch}"] = round(1e3 * seconds_an_image(recipe, params, batch), 3)
         row |= costs(recipe, params)
         real = result["generation"]
         row |= {"real class accuracy": real["class_accuracy_real"], "Frechet, real test images": real["frechet_real"]}
         rows.append(row | (columns(recipe, params) if columns else {}))
+        last.append((recipe, params))
+    add_times(rows, last)
     steps = [row["model calls"] for row in rows]
     notes = f"{seeds} seeds; mean (spread). Model calls an image: {' against '.join(map(str, steps))}."
     return Claim(title, rows, notes)
@@ -222,12 +223,23 @@ def mean_and_spread(values: list[float]) -> str | float:
     return f"{mean:.4g} ({max(values) - min(values):.2g})"
 
 
-def seconds_an_image(recipe: Recipe, params, batch: int, repeats: int = 7) -> float:
-    """Median seconds of warm, compiled sampling, over the batch."""
-    labels = np.arange(batch, dtype=np.int32) % recipe.config.num_classes
-    seconds = []
+def add_times(rows: Sequence[dict], systems: Sequence[tuple[Recipe, Any]], batches: Sequence[int] = (1, 64)) -> None:
+    """Writes milliseconds an image of each system, at each batch, to its row; see `seconds_an_image`."""
+    for batch in batches:
+        for row, seconds in zip(rows, seconds_an_image(systems, batch)):
+            row[f"ms/image, batch {batch}"] = round(1e3 * seconds, 3)
+
+
+def seconds_an_image(systems: Sequence[tuple[Recipe, Any]], batch: int, repeats: int = 7) -> list[float]:
+    """Median seconds of warm, compiled sampling, over the batch, of each (recipe, parameters).
+
+    They are measured in turns, so that what else a machine does meanwhile falls on all of them.
+    """
+    seconds: list[list[float]] = [[] for _ in systems]
     for i in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(recipe.sample(params, jax.random.key(i), labels)["images"])
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:]) / batch
+        for (recipe, params), measured in zip(systems, seconds):
+            labels = np.arange(batch, dtype=np.int32) % recipe.config.num_classes
+            start = time.perf_counter()
+            jax.block_until_ready(recipe.sample(params, jax.random.key(i), labels)["images"])
+            measured.append(time.perf_counter() - start)
+    return [statistics.median(measured[1:]) / batch for measured in seconds]

@@ -13,7 +13,7 @@ from jaxgen import metrics
 from jaxgen.decoding import HeadPlan, Settings
 from jaxgen.generators import NextScaleSampler
 from jaxgen.recipe import modules
-from jaxgen.recipes.claims import Claim, mean_and_spread, seconds_an_image, train_all
+from jaxgen.recipes.claims import Claim, add_times, mean_and_spread, train_all
 from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.head_aware import HeadAwareConfig, forced_logits
 from jaxgen.recipes.next_scale import sample_images
@@ -44,7 +44,7 @@ def compare_budgets(
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected at least 1")
     measured: dict[tuple[str, float], list[dict]] = {}
-    once: dict[tuple[str, float], dict] = {}
+    last: dict[tuple[str, float], tuple] = {}
     common: dict[str, dict] = {}
     for seed in range(seeds):
         log(f"seed {seed}")
@@ -61,14 +61,13 @@ def compare_budgets(
             log(f"{way[0]}, {way[1]:.0%}")
             sampled = dataclasses.replace(recipe, sample=functools.partial(sample_images, sampler))
             measured.setdefault(way, []).append(_measure(sampled, params, full, sampler, seed, samples))
-            if seed == seeds - 1:
-                seconds = {batch: seconds_an_image(sampled, params, batch) for batch in (1, BATCH)}
-                once[way] = {f"ms/image, batch {batch}": round(1e3 * value, 3) for batch, value in seconds.items()}
+            last[way] = sampled, params
     rows = []
     for way, values in measured.items():
         row = dict(zip(("system", "share kept"), way)) | cache_columns(ways[way])
         row |= {column: mean_and_spread([v[column] for v in values]) for column in values[0]}
-        rows.append(row | once[way])
+        rows.append(row)
+    add_times(rows, [last[way] for way in measured], (1, BATCH))
     budgets = "; ".join(f"{keep:.0%}: {' and '.join(map(str, config.budgets(keep)))} positions" for keep in keeps)
     notes = (
         f"{seeds} seeds; mean (spread); seconds: of the last. Shares are of the {config.positions()[1]} positions that the full "

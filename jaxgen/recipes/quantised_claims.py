@@ -50,14 +50,14 @@ def compare_precisions(
             log(f"seed {seed}: measuring {name}")
             row = _quality(system.recipe(), weights, params, seed, samples)
             measured.setdefault(name, []).append(row)
-    rows = []
+    rows, timed = [], []
     for name, (system, weights) in _precisions(recipe.config, params).items():
         row = {"weights": name} | _traffic(weights)
         for column in measured[name][0]:
             row[column] = claims.mean_and_spread([m[column] for m in measured[name]])
-        for batch in batches:
-            row[f"ms/image, batch {batch}"] = round(1e3 * claims.seconds_an_image(system.recipe(), weights, batch), 3)
         rows.append(row)
+        timed.append((system.recipe(), weights))
+    claims.add_times(rows, timed, batches)
     baseline, best = rows[0]["MB a model call"], rows[-1]["MB a model call"]
     notes = (
         f"{seeds} seeds; mean (spread). A model call reads {baseline / best:.2f} times fewer bytes of weights than in bfloat16; "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxgen.generators.supernet import SupernetTransformer
 from jaxgen.recipe import Recipe, Stage
-from jaxgen.recipes.claims import Claim, mean_and_spread, seconds_an_image, train_all
+from jaxgen.recipes.claims import Claim, add_times, mean_and_spread, train_all
 from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.next_scale import ModelTrainConfig, NextScaleConfig, generator_stage, sample_images
@@ -153,6 +153,7 @@ def compare_depths(
         f"fixed ratio {fixed}": dataclasses.replace(config, share=SubnetShare(first=fixed, last=fixed)),
     }
     measured: dict[tuple[str, int], list[dict]] = {}
+    last: dict[str, tuple[Recipe, dict]] = {}
     common: dict[str, dict] = {}
     for seed in range(seeds):
         base: dict[str, dict] = {}
@@ -161,15 +162,19 @@ def compare_depths(
             recipe, params, _ = train_all(system, seed, common | base, log)
             common = {stage: params[stage] for stage in ("tokenizer", "classifier")}
             base = {"generator": params["generator"]} if "supernet" in params else {}
+            last[name] = recipe, params
             for depth in (config.model.depth, *reversed(config.depths)) if base else (config.model.depth,):
                 row = _measure(recipe, params, depth, seed, samples)
                 measured.setdefault((name, depth), []).append(row)
-    rows = []
+    rows, timed = [], []
     for (name, depth), values in measured.items():
         row = {"system": name, "late depth": depth}
         row |= {column: mean_and_spread([v[column] for v in values]) for column in values[0]}
         system = systems[name]
         rows.append(row | generator_costs(system.at(depth % config.model.depth) if name != "S047 VAR" else system))
+        recipe, params = last[name]
+        timed.append((_at(recipe, depth), params))
+    add_times(rows, timed)
     notes = (
         f"{seeds} seeds; mean (spread). The first {config.bridge} of {len(config.tokenizer.patch_nums)} scales pass all "
         f"{config.model.depth} blocks. VAR has as many updates as the supernet's two stages together."
@@ -179,9 +184,13 @@ def compare_depths(
 
 def _measure(recipe: Recipe, params: dict, depth: int, seed: int, samples: int) -> dict:
     """What `compare_generators` measures of a system, at one depth."""
-    if hasattr(recipe.config, "depths"):
-        recipe = dataclasses.replace(recipe, sample=functools.partial(recipe.sample, depth=depth))
     settings = dict(cfg=0.0, top_k=0, top_p=0.0)
-    result, _ = evaluate_images(recipe, params, jax.random.key(seed), num=samples, batch_size=100, settings=settings)
-    row = {"class accuracy": result["generation"]["class_accuracy"], "Frechet": result["generation"]["frechet"]}
-    return row | {f"ms/image, batch {batch}": round(1e3 * seconds_an_image(recipe, params, batch), 3) for batch in (1, 64)}
+    result, _ = evaluate_images(_at(recipe, depth), params, jax.random.key(seed), num=samples, batch_size=100, settings=settings)
+    return {"class accuracy": result["generation"]["class_accuracy"], "Frechet": result["generation"]["frechet"]}
+
+
+def _at(recipe: Recipe, depth: int) -> Recipe:
+    """Samples at a depth, where the system has several."""
+    if not hasattr(recipe.config, "depths"):
+        return recipe
+    return dataclasses.replace(recipe, sample=functools.partial(recipe.sample, depth=depth))

@@ -54,7 +54,7 @@ def judged(monkeypatch):
         return {"reconstruction": {"psnr": 20.0}, "generation": generation}, None
 
     monkeypatch.setattr(claims, "evaluate_images", evaluate)
-    monkeypatch.setattr(claims, "seconds_an_image", lambda recipe, params, batch: 1.0 / batch)
+    monkeypatch.setattr(claims, "seconds_an_image", lambda systems, batch: [1.0 / batch] * len(systems))
     monkeypatch.setattr(claims, "costs", lambda recipe, params: {"GFLOP": 3.0})
     return calls
 
@@ -146,8 +146,25 @@ def test_seconds_an_image_are_warm_and_per_image(monkeypatch):
         return {"images": jnp.zeros(3)}
 
     recipe = types.SimpleNamespace(config=BASE, sample=sample)
-    assert claims.seconds_an_image(recipe, {}, 5, repeats=3) == 4.0 / 5
+    assert claims.seconds_an_image([(recipe, {})], 5, repeats=3) == [4.0 / 5]
     assert seen == [[0, 1, 2, 0, 1]] * 4
+
+
+def test_seconds_of_systems_are_taken_in_turns(monkeypatch):
+    clock = {"now": 0.0}
+    monkeypatch.setattr(claims, "time", types.SimpleNamespace(perf_counter=lambda: clock["now"]))
+    turns = []
+
+    def system(name, seconds):
+        def sample(params, key, labels):
+            clock["now"] += seconds
+            turns.append(name)
+            return {"images": jnp.zeros(3)}
+
+        return types.SimpleNamespace(config=BASE, sample=sample), {}
+
+    assert claims.seconds_an_image([system("A", 2.0), system("B", 6.0)], 2, repeats=2) == [1.0, 3.0]
+    assert turns == ["A", "B"] * 3
 
 
 def test_means_and_their_spread():

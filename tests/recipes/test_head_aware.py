@@ -12,7 +12,7 @@ from jaxgen import cli
 from jaxgen import config as config_lib
 from jaxgen.decoding import HeadPlan, Settings
 from jaxgen.generators import HeadAware
-from jaxgen.recipes import head_aware_claims
+from jaxgen.recipes import claims, head_aware_claims
 from jaxgen.recipes.head_aware import BudgetConfig, forced_logits
 from jaxgen.recipes.next_scale import param_shapes
 from jaxgen.recipes.next_scale_costs import cache_bytes
@@ -191,7 +191,7 @@ def test_the_claim_compares_caches_of_one_generator(config, params, monkeypatch)
 
     monkeypatch.setattr(head_aware_claims, "train_all", train_all)
     monkeypatch.setattr(head_aware_claims, "evaluate_images", evaluate)
-    monkeypatch.setattr(head_aware_claims, "seconds_an_image", lambda *args: 1e-3)
+    monkeypatch.setattr(claims, "seconds_an_image", lambda systems, batch: [1e-3] * len(systems))
     monkeypatch.setattr(head_aware_claims, "nearness", lambda full, sampler, *args: {"same": float(sampler == full)})
     claim = head_aware_claims.compare_budgets(config, keeps=(0.4, 0.2), seeds=2, samples=10, log=lambda line: None)
     assert trained == [(0, []), (1, ["classifier", "tokenizer"])]

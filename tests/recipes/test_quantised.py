@@ -260,7 +260,7 @@ def test_precisions_are_compared(params, rounded, monkeypatch):
         return {"generation": {"class_accuracy": 0.5, "frechet": 2.0}}, None
 
     monkeypatch.setattr(claims, "train_all", trained)
-    monkeypatch.setattr(claims, "seconds_an_image", lambda recipe, params, batch: 1.0 / batch)
+    monkeypatch.setattr(claims, "seconds_an_image", lambda systems, batch: [1.0 / batch] * len(systems))
     monkeypatch.setattr(quantised_claims, "evaluate_images", judged)
     claim = quantised_claims.compare_precisions(CONFIG, seeds=2, samples=30, batches=(1, 4), log=lambda line: None)
     assert seen.given == [[], ["classifier", "tokenizer"]]

@@ -83,7 +83,7 @@ def test_the_claim_trains_once_and_samples_in_several_counts(monkeypatch):
 
     monkeypatch.setattr(claims, "train_all", train_all)
     monkeypatch.setattr(staged_flow, "evaluate_images", evaluate)
-    monkeypatch.setattr(claims, "seconds_an_image", lambda recipe, params, batch: 0.001 * recipe.config.sampler.steps)
+    monkeypatch.setattr(claims, "seconds_an_image", lambda systems, batch: [0.001 * r.config.sampler.steps for r, _ in systems])
     (claim,) = ECAR.claim("small", seeds=2, edits=["model_train.steps=77"], log=lambda line: None)
     assert [(type(config).__name__, seed, given) for config, seed, given in trained] == [
         ("StagedFlowConfig", 0, []),

@@ -12,7 +12,7 @@ from jaxgen import cli
 from jaxgen import config as config_lib
 from jaxgen.data import digits
 from jaxgen.generators import NextScaleSampler
-from jaxgen.recipes import supernet
+from jaxgen.recipes import claims, supernet
 from jaxgen.recipes.next_scale import generator_stage, param_shapes
 from jaxgen.recipes.next_scale_costs import cache_bytes
 from jaxgen.recipes.supernet import SubnetShare, SupernetConfig
@@ -160,6 +160,7 @@ def test_the_claim_compares_depths(config, monkeypatch):
         return {"class accuracy": 0.1 * (depth + seed)}
 
     monkeypatch.setattr(supernet, "_measure", measure)
+    monkeypatch.setattr(claims, "seconds_an_image", lambda systems, batch: [1.0 / batch] * len(systems))
     claim = supernet.compare_depths(config, seeds=2, samples=10, log=lambda line: None)
     (var, _, first), (ours, _, second), (fixed, _, third), (_, seed, later), *_ = calls
     assert (first, second, third) == (set(), {"tokenizer", "classifier"}, {"tokenizer", "classifier", "generator"})
