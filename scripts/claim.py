@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--budget", default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
-    parser.add_argument("--reuse", metavar="DIR", help="keeps base models here, and takes them from here once trained")
+    parser.add_argument("--reuse", metavar="DIR", help="keeps base models and tokenizers here, and takes them from here")
     parser.add_argument("--results", default=str(HERE / "claims" / "RESULTS.md"))
     args = parser.parse_args()
     module = find(args.system)

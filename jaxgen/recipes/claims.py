@@ -24,7 +24,7 @@ from jaxgen.benchmark import compile_report, count_flops
 from jaxgen.recipe import Recipe
 from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.next_scale import NextScaleConfig
-from jaxgen.train import save_params, train
+from jaxgen.train import load_params, save_params, train
 
 __all__ = [
     "Claim",
@@ -176,6 +176,8 @@ def scaling_law(sizes: Mapping[str, NextScaleConfig], *, log: Callable[[str], No
 def train_all(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict, dict]:
     """(recipe, parameters by stage, last metrics by stage) of a system whose stages in `given` are trained already."""
     recipe = config_lib.override(config, [f"run.seed={seed}"]).recipe()
+    kept = _kept_stages(recipe, seed)
+    given = {stage: load_params(folder, stage)[0] for stage, folder in kept.items() if folder.exists()} | dict(given)
     stages = tuple(dataclasses.replace(stage, steps=0) if stage.name in given else stage for stage in recipe.stages)
     recipe = dataclasses.replace(recipe, stages=stages)
     with tempfile.TemporaryDirectory() as workdir:
@@ -184,7 +186,25 @@ def train_all(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[R
                 save_params(workdir, stage.name, given[stage.name])
         results = train(recipe, workdir, run=recipe.config.run, log=log)
     params = {name: result.params for name, result in results.items()}
+    for stage, folder in kept.items():
+        if not folder.exists():
+            save_params(folder, stage, params[stage])
     return recipe, {**given, **params}, {name: result.metrics for name, result in results.items()}
+
+
+def _kept_stages(recipe: Recipe, seed: int) -> dict[str, Path]:
+    """Where, inside `reuse`, the stages are kept that depend on no other: tokenizers and classifiers."""
+    if _kept.get() is None:
+        return {}
+    config, names = recipe.config, {stage.name for stage in recipe.stages if not stage.needs and stage.steps}
+    made = {"tokenizer": _tokenizer_key(config)} if "tokenizer" in names else {}
+    if "classifier" in names:
+        made["classifier"] = f"{config.data} {config.classifier} {config.num_classes}"
+    return {stage: _kept.get() / stage / _digest(f"{key} {seed}") for stage, key in made.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 _kept: contextvars.ContextVar[Path | None] = contextvars.ContextVar("kept", default=None)
@@ -192,7 +212,7 @@ _kept: contextvars.ContextVar[Path | None] = contextvars.ContextVar("kept", defa
 
 @contextlib.contextmanager
 def reuse(folder: str | Path | None) -> Iterator[None]:
-    """Keeps what `trained` trains in a folder, and takes from there what was trained before with the same configuration."""
+    """Keeps what `trained` trains, and every tokenizer and classifier, in a folder; what is there is not trained again."""
     token = _kept.set(None if folder is None else Path(folder))
     try:
         yield
@@ -206,7 +226,7 @@ def trained(config: Any, seed: int, log) -> tuple[Recipe, dict]:
     if folder is None:
         return train_all(config, seed, {}, log)[:2]
     recipe = config.recipe()
-    name = hashlib.sha256(json.dumps(config_lib.to_json(config), sort_keys=True).encode()).hexdigest()[:16]
+    name = _digest(json.dumps(config_lib.to_json(config), sort_keys=True))
     results = train(recipe, folder / name, run=config.run, log=log)
     return recipe, {name: result.params for name, result in results.items()}
 

@@ -134,6 +134,18 @@ def test_a_power_law_through_the_sizes(trained):
     assert "a = -0.5000" in claim.notes and "r = -1.0000" in claim.notes
 
 
+def test_tokenizers_and_judges_are_kept(trained, tmp_path):
+    """Inside `reuse` they are trained once for a seed, whatever claim asks; the generator is trained each time."""
+    with claims.reuse(tmp_path):
+        first = claims.train_all(BASE, 0, {}, print)[1]
+        again = claims.train_all(config_lib.override(BASE, ["model.depth=3"]), 0, {}, print)[1]
+        claims.train_all(BASE, 1, {}, print)
+    stages = ["tokenizer", "generator", "classifier"]
+    assert [call["trained"] for call in trained] == [stages, ["generator"], stages]
+    for stage in ("tokenizer", "classifier"):
+        jax.tree.map(np.testing.assert_array_equal, again[stage], first[stage])
+
+
 def test_seconds_an_image_are_warm_and_per_image(monkeypatch):
     clock = {"now": 0.0}
     monkeypatch.setattr(claims, "time", types.SimpleNamespace(perf_counter=lambda: clock["now"]))
