@@ -160,12 +160,11 @@ def infill_sample(
     tokens[:, : given.shape[1]] = given
     visible = (np.arange(length) < lengths[:, None]) & (tokens != (mark[0] if mark else -1))
     result = sampler(modules(params), key, tokens, visible, **settings)
-    calls = np.asarray(result.target_calls + result.draft_calls)
     return {
-        "tokens": np.asarray(result.tokens),
+        "tokens": result.tokens,
         "length": np.full(len(given), length),
-        "status": np.asarray(result.status),
-        "row_calls": calls,
+        "status": result.status,
+        "row_calls": result.target_calls + result.draft_calls,
     }
 
 
