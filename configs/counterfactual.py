@@ -9,7 +9,6 @@ A byte language model writes a text, one byte of it is changed, and it goes on w
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import language
@@ -38,7 +37,7 @@ def _config(variant: str) -> CounterfactualConfig:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     base = _llama() if variant == "paper" else language.base(variant)
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     return CounterfactualConfig(**fields, replay=ReplayConfig(drafts=3 if variant == "smoke" else 8))
 
 

@@ -117,7 +117,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
 
 def baseline(config: StagedFlowConfig, budget: str) -> NextXConfig:
     """A flow of the whole grid in one stage, by a transformer of about as many parameters that runs at every step."""
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(LatentConfig)}
+    shared = config_lib.fields_of(config, LatentConfig)
     width, heads, depth = (16, 2, 1) if budget == "smoke" else (64, 4, 3)
     return NextXConfig(
         **shared,

@@ -65,7 +65,7 @@ def _config(variant: str) -> FalconConfig:
 
 
 def _extended(config: LanguageConfig, **fields) -> FalconConfig:
-    return FalconConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, **fields)
+    return FalconConfig(**config_lib.fields_of(config), **fields)
 
 
 def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Claim]:
@@ -81,7 +81,7 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
         raise ValueError(f"budget {budget!r} is not one of smoke, small")
     smoke = budget == "smoke"
     config = config_lib.override(_config(budget), edits).resolve()
-    base = LanguageConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(LanguageConfig)})
+    base = LanguageConfig(**config_lib.fields_of(config, LanguageConfig))
     _, target = claims.trained(base, 0, log)
     target = {"generator": target["generator"]}
     systems = {

@@ -63,22 +63,16 @@ def build(variant: str) -> FlexibleConfig:
 
 def like(base: NextScaleConfig, lists: DrawRule, *, z_channels: int, map_size: int) -> FlexibleConfig:
     """A VAR's counterpart: the same data, sizes and budgets."""
-    shared = _common(base.tokenizer, FlexibleTokenizerConfig)
+    shared = config_lib.fields_of(base.tokenizer, FlexibleTokenizerConfig)
     tokenizer = FlexibleTokenizerConfig(**shared, z_channels=z_channels, decoded=2)  # two, for the time that compiling takes
-    fields = _common(base, FlexibleConfig) | dict(tokenizer=tokenizer, lists=lists, map_size=map_size)
+    fields = config_lib.fields_of(base, FlexibleConfig) | dict(tokenizer=tokenizer, lists=lists, map_size=map_size)
     return FlexibleConfig(**fields)
 
 
 def unlike(ours: FlexibleConfig, base: NextScaleConfig) -> NextScaleConfig:
     """The VAR of all that `ours` shares with it, and `base` for the rest."""
-    tokenizer = dataclasses.replace(base.tokenizer, **_common(ours.tokenizer, type(base.tokenizer)))
-    return NextScaleConfig(**_common(ours, NextScaleConfig) | dict(tokenizer=tokenizer))
-
-
-def _common(config, cls) -> dict:
-    """The fields of a configuration that a class has, too."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in names}
+    tokenizer = dataclasses.replace(base.tokenizer, **config_lib.fields_of(ours.tokenizer, type(base.tokenizer)))
+    return NextScaleConfig(**config_lib.fields_of(ours, NextScaleConfig) | dict(tokenizer=tokenizer))
 
 
 def _published(variant: str) -> FlexibleConfig:

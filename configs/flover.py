@@ -11,7 +11,6 @@ one of the models that the authors serve, on bytes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import language
@@ -38,7 +37,7 @@ def _config(variant: str) -> ServedConfig:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     base = language.base("small" if variant == "paper" else variant)
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     if variant == "smoke":
         return ServedConfig(**fields, serving=ServingConfig(slots=4, chunk=8, narrow=(2,)))
     if variant == "small":

@@ -10,7 +10,6 @@ d30 of VAR at 256 pixels. `cache.keep` is the share of the cache that is kept; t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import var
@@ -39,7 +38,7 @@ def _config(variant: str) -> HeadAwareConfig:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     base = var.get_config("d30" if variant == "paper" else variant).config
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     return HeadAwareConfig(**fields, cache=BUDGETS.get(variant, BudgetConfig()))
 
 

@@ -126,7 +126,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
     if budget not in ("smoke", "small"):
         raise ValueError(f"budget {budget!r} is not one of smoke, small")
     config = config_lib.override(get_config(budget).config, edits).resolve()
-    sizes = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(LatentModelConfig)}
+    sizes = config_lib.fields_of(config.model, LatentModelConfig)
     # As many parameters, which the pivots' own layers and the dense head have in the one and the head in the other.
     head = dict(head_width=36, head_depth=2) if budget == "smoke" else dict(head_width=120, head_depth=3)
     mar = LatentModelConfig(**sizes | head)

@@ -51,7 +51,7 @@ def _config(variant: str) -> RefinedScaleConfig:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     base = var.get_config("d16" if variant == "paper" else variant).config
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     train, optim = base.model_train, base.model_train.optim
     if variant in REFINER:
         steps, warmup = max(train.steps // 2, 1), optim.warmup_steps

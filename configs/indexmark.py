@@ -10,7 +10,6 @@ back with an index encoder, which is the last stage, and tries all places of a c
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import lbw
@@ -47,7 +46,7 @@ def _config(variant: str) -> IndexConfig:
         base, smoke = lbw.digits(variant), variant == "smoke"
         optim = OptimConfig(lr=1e-3, warmup_steps=2 if smoke else 20, schedule="cosine", lr_end=0.05, weight_decay=0.0, clip=1.0)
         train = IndexEncoderConfig(steps=10 if smoke else 400, batch_size=16, code_weight=1.0, swap=0.5, optim=optim)
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     return IndexConfig(**fields, mark=IndexMarkConfig(), index_train=train)
 
 

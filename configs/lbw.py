@@ -36,7 +36,7 @@ def get_config(variant: str) -> Recipe:
 
 def _config(variant: str) -> LexicalConfig:
     base = imagenet(TOKENIZER, ModelConfig(depth=24, width=768, heads=16)) if variant == "paper" else digits(variant)
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     return LexicalConfig(**fields, mark=LexicalMarkConfig())
 
 

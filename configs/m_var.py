@@ -58,7 +58,7 @@ def _config(variant: str) -> ScaleRecurrentConfig:
 
 def _extended(base: NextScaleConfig, depth: int, mixer: MixerConfig, **model) -> ScaleRecurrentConfig:
     """The system on the tokenizer and the schedule of `base`."""
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     fields["model"] = dataclasses.replace(base.model, depth=depth, **model)
     optim = dataclasses.replace(base.model_train.optim, no_decay=NO_DECAY)
     fields["model_train"] = dataclasses.replace(base.model_train, optim=optim)
@@ -81,7 +81,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
         raise ValueError(f"budget {budget!r} is not one of smoke, small")
     smoke = budget == "smoke"
     ours = config_lib.override(_config("smoke" if smoke else "demo"), edits).resolve()
-    fields = {field.name: getattr(ours, field.name) for field in dataclasses.fields(NextScaleConfig)}
+    fields = config_lib.fields_of(ours, NextScaleConfig)
     depth = ours.model.depth * 3 // 2
     theirs = NextScaleConfig(**fields | dict(model=dataclasses.replace(ours.model, depth=depth)))
     comparison = claims.compare_generators(

@@ -10,7 +10,6 @@ the paper's kernels are for models of billions.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import var
@@ -37,7 +36,7 @@ def _config(variant: str) -> QuantisedConfig:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     base = var.get_config(VARIANTS[variant]).config
     int4 = Int4Config(steps=2, batch_size=16) if variant == "smoke" else Int4Config()
-    return QuantisedConfig(**{field.name: getattr(base, field.name) for field in dataclasses.fields(base)}, int4=int4)
+    return QuantisedConfig(**config_lib.fields_of(base), int4=int4)
 
 
 def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Claim]:

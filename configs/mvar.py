@@ -45,7 +45,7 @@ def _config(variant: str) -> MarkovScaleConfig:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     base = var.get_config("d16" if variant == "paper" else variant).config
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     if variant == "paper":
         # Their README's command and the defaults of its arguments; images are cropped in the middle and mirrored.
         batch, epochs = 448, 300

@@ -43,7 +43,7 @@ def _config(variant: str) -> FrequencyConfig:
 
 def _bands(base: NextScaleConfig, **tokenizer) -> FrequencyConfig:
     """The system of `base` over frequency bands, one a scale."""
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     return FrequencyConfig(**fields | dict(tokenizer=FrequencyTokenizerConfig(**dataclasses.asdict(base.tokenizer), **tokenizer)))
 
 
@@ -80,7 +80,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
     for patch_nums in (ours.tokenizer.patch_nums, (*ours.tokenizer.patch_nums[:-2], ours.tokenizer.patch_nums[-1])):
         tokenizer = dataclasses.replace(ours.tokenizer, patch_nums=patch_nums)
         bands = dataclasses.replace(ours, tokenizer=tokenizer)
-        fields = {field.name: getattr(bands, field.name) for field in dataclasses.fields(NextScaleConfig)}
+        fields = config_lib.fields_of(bands, NextScaleConfig)
         plain = dataclasses.asdict(tokenizer)
         del plain["division"], plain["transform"]
         steps = len(patch_nums)

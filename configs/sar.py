@@ -46,7 +46,7 @@ def build(variant: str) -> RefinementConfig | FlexibleRefinementConfig:
         cls, base = RefinementConfig, var.get_config(variant).config
     else:
         cls, base = FlexibleRefinementConfig, flexvar.build("d16" if variant == "paper" else variant.removeprefix("flex_"))
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     return cls(**fields, refine=_refine(variant, base.model_train.optim))
 
 

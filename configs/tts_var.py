@@ -57,7 +57,7 @@ def _config(variant: str) -> SearchedConfig:
 
 def _searched(base: NextScaleConfig, search: SearchConfig) -> SearchedConfig:
     """The system of `base` with a search."""
-    return SearchedConfig(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}, search=search)
+    return SearchedConfig(**config_lib.fields_of(base), search=search)
 
 
 def _four_scales(base: NextScaleConfig) -> NextScaleConfig:

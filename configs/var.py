@@ -193,7 +193,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
     if budget not in ("smoke", "small"):
         raise ValueError(f"budget {budget!r} is not one of smoke, small")
     base = config_lib.override(_smoke() if budget == "smoke" else _digits(), edits).resolve()
-    fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     last = dataclasses.replace(base.tokenizer, patch_nums=base.tokenizer.patch_nums[-1:])
     baseline = NextTokenConfig(**fields | dict(tokenizer=last))
     samples = 100 if budget == "smoke" else 1000

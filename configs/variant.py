@@ -42,7 +42,7 @@ def _config(variant: str) -> SupernetConfig:
     base = var.get_config("d30" if variant == "paper" else variant).config
     depth, depths, bridge = SIZES[variant]
     sizes = dict(depth=depth, scan_layers=False) | (dict(width=96, heads=3) if variant == "demo" else {})
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(NextScaleConfig)}
+    fields = config_lib.fields_of(base, NextScaleConfig)
     fields["model"] = dataclasses.replace(base.model, **sizes)
     if variant == "paper":
         return SupernetConfig(**fields, depths=depths, bridge=bridge, supernet_train=_published_training(base))

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-__all__ = ["override", "to_json", "from_json"]
+__all__ = ["fields_of", "override", "to_json", "from_json"]
 
 C = TypeVar("C")
 
@@ -81,6 +81,17 @@ def _parse(text: str, kind: Any, path: str):
         if type(value) is int or (kind is float and type(value) is float):
             return kind(value)
     raise ValueError(f"--set {path}={text}: expected {getattr(kind, '__name__', kind)}")
+
+
+def fields_of(source: Any, cls: type | None = None) -> dict[str, Any]:
+    """The fields of a dataclass instance by name: all of them, or those that another dataclass has, too.
+
+    For modules of Linen, whose parts often have fields of the same names and meaning, `name` and `parent` are left out.
+    """
+    wanted = {field.name for field in dataclasses.fields(source if cls is None else cls)}
+    if "parent" in wanted:
+        wanted -= {"name", "parent"}
+    return {field.name: getattr(source, field.name) for field in dataclasses.fields(source) if field.name in wanted}
 
 
 def to_json(config: Any) -> dict:

@@ -1,9 +1,10 @@
 import dataclasses
 import json
 
+import flax.linen as nn
 import pytest
 
-from jaxgen.config import from_json, override, to_json
+from jaxgen.config import fields_of, from_json, override, to_json
 from jaxgen.optim import OptimConfig
 
 
@@ -100,3 +101,21 @@ def test_json_round_trip():
 def test_json_names_what_is_wrong(tree, message):
     with pytest.raises(ValueError, match=message):
         from_json(tree)
+
+
+def test_fields_that_two_classes_share():
+    @dataclasses.dataclass(frozen=True)
+    class Small:
+        width: int = 1
+        depth: int = 2
+
+    @dataclasses.dataclass(frozen=True)
+    class Large:
+        depth: int = 3
+        heads: int = 4
+
+    assert fields_of(Small()) == {"width": 1, "depth": 2}
+    assert fields_of(Large(depth=7), Small) == {"depth": 7}
+    module = nn.Dense(5, use_bias=False, name="head")
+    assert fields_of(module, nn.DenseGeneral)["features"] == 5
+    assert not {"name", "parent"} & fields_of(module, nn.DenseGeneral).keys()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen import masks
+from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.nn.llama import LlamaTransformer
@@ -58,19 +59,7 @@ class BlockDiffusionTransformer(nn.Module):
     def setup(self):
         init = nn.initializers.normal(self.init_std)
         self.embed = nn.Embed(self.vocab + 1, self.width, embedding_init=init)
-        self.transformer = LlamaTransformer(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            kv_heads=self.kv_heads,
-            hidden=self.hidden,
-            theta=self.theta,
-            init_std=self.init_std,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
         self.norm = nn.RMSNorm(epsilon=1e-5)
         self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=init, dtype=self.dtype)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgen import masks
+from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.nn.llama import LlamaTransformer
@@ -94,18 +95,7 @@ class ImageLlama(nn.Module):
             self.caption_fc2 = nn.Dense(self.width, use_bias=False, kernel_init=init, dtype=self.dtype)
             scale = nn.initializers.normal(self.caption_width**-0.5)
             self.no_caption = self.param("no_caption", scale, (self.prefix, self.caption_width))
-        self.transformer = LlamaTransformer(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            kv_heads=self.kv_heads,
-            hidden=self.hidden,
-            theta=self.theta,
-            init_std=self.init_std,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
+        self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
         self.norm = nn.RMSNorm(epsilon=1e-5)
         self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype)
 

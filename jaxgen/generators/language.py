@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen import masks
+from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.nn.llama import LlamaTransformer
@@ -46,20 +47,7 @@ class LanguageModel(nn.Module):
     def setup(self):
         init = nn.initializers.normal(self.init_std)
         self.embed = nn.Embed(self.vocab, self.width, embedding_init=init)
-        self.transformer = LlamaTransformer(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            kv_heads=self.kv_heads,
-            hidden=self.hidden,
-            experts=self.experts,
-            experts_used=self.experts_used,
-            theta=self.theta,
-            init_std=self.init_std,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
+        self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
         self.norm = nn.RMSNorm(epsilon=1e-5)
         if not self.tied:
             self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=init, dtype=self.dtype)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.nn.adaln import AdaLNHead
@@ -60,20 +61,7 @@ class MaskedTransformer(nn.Module):
         self.token_embed = nn.Embed(self.vocab + 1, self.width, embedding_init=init)
         self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
         self.position = self.param("position", init, (self.length, self.width))
-        self.transformer = AdaLNTransformer(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            l2_norm=self.l2_norm,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
-            init_std=std,
-            drop_path_rate=self.drop_path_rate,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-        )
+        self.transformer = AdaLNTransformer(**fields_of(self, AdaLNTransformer), init_std=std)
         self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
 
     def __call__(self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:

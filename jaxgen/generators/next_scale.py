@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen import masks
+from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.nn.adaln import AdaLNHead
@@ -79,24 +80,12 @@ class NextScaleTransformer(nn.Module):
         self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
         self.setup_places(init)
         self.transformer = AdaLNTransformer(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            l2_norm=self.l2_norm,
+            **fields_of(self, AdaLNTransformer),
             # Without normalisation the authors scale by a quarter of d ** -0.5.
             attention_scale=None if self.l2_norm else 0.25 * (self.width // self.heads) ** -0.5,
-            shared_adaln=self.shared_adaln,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
             init_std=std,
-            drop_path_rate=self.drop_path_rate,
             mask=self.mask,
             mixer=self.build_mixer(std),
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            implementation=self.implementation,
         )
         self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen import masks
+from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.nn.adaln import AdaLNHead
@@ -58,19 +59,9 @@ class NextTokenTransformer(nn.Module):
         self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
         self.position = self.param("position", init, (self.length, self.width))
         self.transformer = AdaLNTransformer(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            l2_norm=self.l2_norm,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
+            **fields_of(self, AdaLNTransformer),
             init_std=std,
-            drop_path_rate=self.drop_path_rate,
             mask=masks.block_causal(self.order),
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
         )
         self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
 

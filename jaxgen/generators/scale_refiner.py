@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxgen.config import fields_of
 from jaxgen.generators.markov_scale import MarkovScaleTransformer
 from jaxgen.nn.adaln import AdaLNHead
 from jaxgen.nn.transformer import AdaLNTransformer
@@ -56,20 +57,9 @@ class ScaleRefiner(nn.Module):
         init = nn.initializers.normal(std)
         self.mask_embed = self.param("mask_embed", init, (self.width,))
         self.transformer = AdaLNTransformer(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            l2_norm=self.l2_norm,
+            **fields_of(self, AdaLNTransformer),
             attention_scale=None if self.l2_norm else 0.25 * (self.width // self.heads) ** -0.5,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
             init_std=std,
-            drop_path_rate=self.drop_path_rate,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            implementation=self.implementation,
         )
         self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
 

@@ -21,8 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.decoding import Settings
 from jaxgen.generators import BitwiseScaleSampler, BitwiseScaleTransformer
+from jaxgen.interop.calls import read_params
 from jaxgen.interop.files import read_state_dict, write_safetensors
-from jaxgen.interop.mapping import Layout, Rule, linear_rules, norm_rules, reshape, to_jax, to_torch
+from jaxgen.interop.mapping import Layout, Rule, linear_rules, norm_rules, reshape, to_torch
 from jaxgen.interop.vqgan import shape_of
 from jaxgen.nn.cross_attention import Context
 from jaxgen.quantizers.binary import BinaryScales
@@ -212,11 +213,8 @@ def load_generator(
         scan_layers=scan_layers,
         dtype=jnp.dtype(dtype),
     )
-    try:
-        rules = generator_rules(module, flash=flash)
-        params = to_jax(state, rules, ignore=BUFFERS, expected=module.param_shapes()["params"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    rules, expected = generator_rules(module, flash=flash), module.param_shapes()["params"]
+    params = read_params(path, state, rules, BUFFERS, expected)
     return module, {"params": params}, dict(flash=flash, file_chunks=chunks)
 
 

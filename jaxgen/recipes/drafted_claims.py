@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen import config as config_lib
 from jaxgen.decoding import KSeq, Rejection, View, chains
 from jaxgen.decoding.sparse_cache import RetrievalCache, SinkCache
 from jaxgen.generators.long_context import Exposing
@@ -109,7 +110,7 @@ def compare_alignment(
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected at least 1")
-    pretrained = DraftedConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(DraftedConfig)})
+    pretrained = DraftedConfig(**config_lib.fields_of(config, DraftedConfig))
     _, given, _ = claims.train_all(pretrained, 0, target_of(config, log), log)
     model, draft = config.build_model(), config.draft.build()
     samplers = {"plain": SequenceSampler(model=model)}

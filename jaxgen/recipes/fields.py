@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["check_dtype", "check_fields"]
+__all__ = ["DTYPES", "check_dtype", "check_fields"]
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_fields(group: str, config: Any, *, shares: Sequence[str] = (), **least: float) -> None:
@@ -34,10 +36,10 @@ def check_fields(group: str, config: Any, *, shares: Sequence[str] = (), **least
 
 
 def check_dtype(group: str, dtype: str) -> None:
-    """That a type of computation is float32 or bfloat16.
+    """That a type of computation is one of `DTYPES`.
 
     Raises:
       ValueError: another one.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"{group}.dtype={dtype!r}: expected float32 or bfloat16")
+    if dtype not in DTYPES:
+        raise ValueError(f"{group}.dtype={dtype!r}: expected one of {', '.join(DTYPES)}")

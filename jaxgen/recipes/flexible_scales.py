@@ -15,8 +15,8 @@ from jaxgen.data import pixels
 from jaxgen.generators import FlexibleSampler, FlexibleTransformer
 from jaxgen.objectives.likelihood import cross_entropy, drop_labels
 from jaxgen.recipe import Recipe, Stage, modules
-from jaxgen.recipes.fields import check_fields
-from jaxgen.recipes.next_scale import DTYPES, NextScaleConfig, generator_stage, sample_images
+from jaxgen.recipes.fields import check_dtype, check_fields
+from jaxgen.recipes.next_scale import NextScaleConfig, generator_stage, sample_images
 from jaxgen.scale_lists import Cells, DrawRule, check_increasing, draw_lists
 from jaxgen.tokenizers import FlexibleTokenizer
 
@@ -49,8 +49,7 @@ class FlexibleTokenizerConfig:
         sizes = dict(ch=1, ch_mult=1, res_blocks=1, groups=1, z_channels=1, vocab=1, width=1, patch_nums=1, decoded=0)
         check_fields("tokenizer", self, **sizes, beta=0, shares=("dropout",))
         check_increasing(self.patch_nums)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"tokenizer.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        check_dtype("tokenizer", self.dtype)
 
 
 class Forcing(NamedTuple):

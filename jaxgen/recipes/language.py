@@ -12,18 +12,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from jaxgen import config as config_lib
 from jaxgen.data.text import TextConfig, encode_bytes, read_text, text_batches
 from jaxgen.generators.language import LanguageModel
 from jaxgen.generators.sequence_sampler import Method, Plain, SequenceSampler
 from jaxgen.objectives.likelihood import cross_entropy
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.recipe import Recipe, Stage, modules
-from jaxgen.recipes.fields import check_fields
+from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.train.loop import RunConfig
 
 __all__ = ["LanguageConfig", "LanguageModelConfig", "LanguageTrainConfig", "RULES", "language_stage", "text_sample", "tiny"]
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Heads and hidden units over "tensor", the other large axis over "fsdp". Scanned blocks have a leading layer axis.
 RULES = (
@@ -60,8 +59,7 @@ class LanguageModelConfig:
 
     def __post_init__(self):
         check_fields("model", self, vocab=2, width=1, heads=1, depth=1, kv_heads=0, hidden=0, experts=0, experts_used=1, theta=1)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"model.dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        check_dtype("model", self.dtype)
 
     def build(self, **fields) -> LanguageModel:
         """The module; `fields` are those of `LanguageModel` that no configuration has."""
@@ -119,7 +117,7 @@ class LanguageConfig:
 
     def plain(self) -> LanguageConfig:
         """The model alone, so that systems on one model share its training."""
-        return LanguageConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LanguageConfig)})
+        return LanguageConfig(**config_lib.fields_of(self, LanguageConfig))
 
     def method(self) -> Method:
         """How the sampler drafts and checks."""

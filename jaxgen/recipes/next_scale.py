@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from jaxgen import config as config_lib
 from jaxgen.data import DataConfig, batches, make_source, pixels
 from jaxgen.decoding import Known, Settings
 from jaxgen.generators import NextScaleSampler, NextScaleTransformer, keep_tokens
@@ -20,7 +21,7 @@ from jaxgen.objectives.likelihood import cross_entropy, drop_labels
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.classifier import classifier_stage
-from jaxgen.recipes.fields import check_fields
+from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.tokenizer import TokenizerTrainConfig, tokenizer_stage
 from jaxgen.tokenizers import MultiScaleTokenizer
 from jaxgen.train.loop import RunConfig
@@ -42,7 +43,6 @@ __all__ = [
     "sampler_inputs",
 ]
 
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Heads and hidden units over "tensor", the other large axis over "fsdp". Scanned blocks have a leading layer axis.
 RULES = (
@@ -87,6 +87,7 @@ class TokenizerConfig:
     def __post_init__(self):
         sizes = dict(ch=1, ch_mult=1, res_blocks=1, groups=1, vocab=1, width=1, patch_nums=1, phis=1)
         check_fields("tokenizer", self, **sizes, beta=0, shares=("dropout", "phi_ratio"))
+        check_dtype("tokenizer", self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ class ModelConfig:
 
     def __post_init__(self):
         check_fields("model", self, depth=1, width=0, heads=0, num_classes=0, mlp_ratio=0.1, shares=("drop_path_rate",))
+        check_dtype("model", self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +195,7 @@ class NextScaleConfig:
         return MultiScaleTokenizer(**self._tokenizer_fields())
 
     def _tokenizer_fields(self) -> dict:
-        dtype = _dtype("tokenizer", self.tokenizer.dtype)
+        dtype = jnp.dtype(self.tokenizer.dtype)
         return dataclasses.asdict(self.tokenizer) | dict(channels=self.data.channels, dtype=dtype)
 
     def build_generator(self) -> NextScaleTransformer:
@@ -202,7 +204,7 @@ class NextScaleConfig:
 
     def _generator_fields(self) -> dict:
         m = self.model
-        sizes = dict(width=m.width or 64 * m.depth, heads=m.heads or m.depth, dtype=_dtype("model", m.dtype))
+        sizes = dict(width=m.width or 64 * m.depth, heads=m.heads or m.depth, dtype=jnp.dtype(m.dtype))
         return dataclasses.asdict(m) | sizes | dict(vocab=self.tokenizer.vocab)
 
     def build_sampler(self) -> NextScaleSampler:
@@ -234,13 +236,6 @@ class NextScaleConfig:
             fields = dataclasses.asdict(self.classifier)
             stages.append(classifier_stage(self.data, num_classes=self.model.num_classes, **fields))
         return Recipe(config=self, stages=tuple(stages), sample=functools.partial(sample_images, self.build_sampler()))
-
-
-def _dtype(group: str, name: str) -> jnp.dtype:
-    """The type of computation called `name`."""
-    if name not in DTYPES:
-        raise ValueError(f"{group}.dtype={name!r}: expected one of {', '.join(DTYPES)}")
-    return jnp.dtype(name)
 
 
 def sample_images(
@@ -362,15 +357,14 @@ def likelihoods(logits, tokens, *, last: int) -> dict:
 
 def plain(config: NextScaleConfig) -> NextScaleConfig:
     """VAR on the data, tokenizer, sizes and training of a system whose configuration extends VAR's."""
-    return NextScaleConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(NextScaleConfig)})
+    return NextScaleConfig(**config_lib.fields_of(config, NextScaleConfig))
 
 
 def config_of(generator: NextScaleTransformer, tokenizer: MultiScaleTokenizer) -> NextScaleConfig:
     """The configuration of modules that exist already, with nothing left to train."""
 
     def fields(cls, module, **overrides):
-        values = {f.name: getattr(module, f.name) for f in dataclasses.fields(cls) if hasattr(module, f.name)}
-        return cls(**values | dict(dtype=jnp.dtype(module.dtype).name) | overrides)
+        return cls(**config_lib.fields_of(module, cls) | dict(dtype=jnp.dtype(module.dtype).name) | overrides)
 
     return NextScaleConfig(
         data=DataConfig(image_size=tokenizer.image_size[0], channels=tokenizer.channels),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxgen import config as config_lib
 from jaxgen.benchmark import count_flops
 from jaxgen.decoding.masked_latents import sample_latents
 from jaxgen.generators.masked_latent import random_known
@@ -157,9 +158,9 @@ def compare_with_mar(
       mar: sizes of MAR, which should have as many parameters.
       seeds, samples, log: see `compare_generators`.
     """
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(LatentConfig)}
+    shared = config_lib.fields_of(config, LatentConfig)
     # Fields that MAR has, too.
-    train = {field.name: getattr(config.model_train, field.name) for field in dataclasses.fields(LatentTrainConfig)}
+    train = config_lib.fields_of(config.model_train, LatentTrainConfig)
     shared |= dict(model=mar, model_train=LatentTrainConfig(**train), prediction=config.prediction, schedule=config.schedule)
     length = config.build_tokenizer().length
     calls = config.sampling.pivot_steps + config.sampling.steps

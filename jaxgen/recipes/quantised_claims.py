@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgen import config as config_lib
 from jaxgen.adapters import int4_layers, kernel_bytes, unstack_layers
 from jaxgen.data import pixels
 from jaxgen.objectives.likelihood import cross_entropy
@@ -98,7 +99,7 @@ def layer_speed(*, size: int, rows: tuple[int, ...], log: Callable[[str], None],
 
 def _precisions(config: QuantisedConfig, params: Mapping[str, Any]) -> dict[str, tuple[NextScaleConfig, dict]]:
     """(system, parameters by stage) of every row."""
-    plain = NextScaleConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(NextScaleConfig)})
+    plain = NextScaleConfig(**config_lib.fields_of(config, NextScaleConfig))
     rtn = dataclasses.replace(config, int4=dataclasses.replace(config.int4, method="rtn"))
     nearest, _ = jax.jit(int4_stage(rtn).init)(jax.random.key(0), params)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), params["generator"])

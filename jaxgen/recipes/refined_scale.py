@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Key
 
+from jaxgen import config as config_lib
 from jaxgen.data import pixels
 from jaxgen.decoding import check_passes
 from jaxgen.decoding.masked_scale import CONFIDENCES
@@ -136,7 +137,7 @@ def config_of(sampler: RefinedScaleSampler) -> RefinedScaleConfig:
     passes = tuple("+".join(map(str, counts)) for counts in sampler.passes)
     refiner = RefinerConfig(sampler.refiner.depth, passes, sampler.confidence, sampler.refine_cfg)
     markov = MarkovConfig(window=sampler.generator.window, since=sampler.generator.since)
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    fields = config_lib.fields_of(base)
     return RefinedScaleConfig(**fields, markov=markov, refiner=refiner, refiner_train=ModelTrainConfig(steps=0))
 
 

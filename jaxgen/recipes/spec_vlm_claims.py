@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxgen import config as config_lib
 from jaxgen.data.digit_captions import END, DigitCaptions
 from jaxgen.data.text import decode_bytes
 from jaxgen.data.transforms import pixels
@@ -39,7 +40,7 @@ def compare_compressions(config: SpecVLMConfig, *, seeds: int, count: int, log: 
       count: pictures, all asked to be described.
       log: takes progress lines.
     """
-    base = CaptionConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(CaptionConfig)})
+    base = CaptionConfig(**config_lib.fields_of(config, CaptionConfig))
     _, target = claims.trained(base, 0, log)
     target = {"generator": target["generator"]}
     levels = {

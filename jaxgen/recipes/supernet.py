@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxgen import config as config_lib
 from jaxgen.generators.supernet import SupernetTransformer
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.recipes.claims import Claim, add_times, mean_and_spread, train_all
@@ -144,7 +145,7 @@ def compare_depths(
       fixed: the share of the subnets' updates at a fixed ratio.
       log: takes progress lines.
     """
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(NextScaleConfig)}
+    fields = config_lib.fields_of(config, NextScaleConfig)
     whole = dataclasses.replace(config.model_train, steps=config.model_train.steps + config.supernet_train.steps)
     baseline = NextScaleConfig(**fields | dict(model_train=whole))
     systems = {
