@@ -35,7 +35,10 @@ def step(params, cache, view, cond):
 
 @pytest.fixture(scope="module")
 def params(randomize):
-    return jax.device_put(randomize(jax.eval_shape(MODEL.init, jax.random.key(0), NOISY, TOKENS)))
+    params = jax.device_put(randomize(jax.eval_shape(MODEL.init, jax.random.key(0), NOISY, TOKENS)))
+    for block in params["params"]["transformer"].values():
+        block["attention"]["qkv"]["kernel"] *= 2  # so that what is attended to matters
+    return params
 
 
 def test_a_block_is_sampled_as_it_was_trained(params):

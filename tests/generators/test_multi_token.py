@@ -25,7 +25,7 @@ MODEL = MultiTokenModel(BASE, masks=K, rank=2)
 def variables():
     start = jnp.zeros((1, 4), jnp.int32)
     base = jax.eval_shape(BASE.init, jax.random.key(0), start)
-    base = jax.tree.map(lambda x: 0.7 * jax.random.normal(jax.random.key(x.size), x.shape), base)
+    base = jax.tree.map(lambda x: 0.6 * jax.random.normal(jax.random.key(x.size), x.shape), base)
     trained = MODEL.init(jax.random.key(1), base)
     return {"base": base, **jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), trained)}
 
