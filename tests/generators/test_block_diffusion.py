@@ -35,10 +35,7 @@ def step(params, cache, view, cond):
 
 @pytest.fixture(scope="module")
 def params(randomize):
-    params = jax.device_put(randomize(jax.eval_shape(MODEL.init, jax.random.key(0), NOISY, TOKENS)))
-    for block in params["params"]["transformer"].values():
-        block["attention"]["qkv"]["kernel"] *= 2  # so that what is attended to matters
-    return params
+    return jax.device_put(randomize(jax.eval_shape(MODEL.init, jax.random.key(0), NOISY, TOKENS)))
 
 
 def test_a_block_is_sampled_as_it_was_trained(params):
@@ -128,8 +125,9 @@ def test_cached_blocks_are_the_full_forward(params, sample):
 
 def test_sub_blocks_are_exact_where_one_layer_attends_and_near_where_two_do(params, sample):
     """A first layer's key depends on the token alone, so that nothing that is kept goes stale; a second layer's does."""
+    params, silent = (jax.tree.map(lambda x: x, params) for _ in range(2))
     blocks = params["params"]["transformer"]["blocks_1"]
-    silent = jax.tree.map(lambda x: x, params)
+    blocks["attention"]["qkv"]["kernel"] *= 3  # what it attends to matters
     silent["params"]["transformer"]["blocks_1"] = blocks | {
         "attention": blocks["attention"] | {"o": jax.tree.map(jnp.zeros_like, blocks["attention"]["o"])}
     }
