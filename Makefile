@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 export JAX_PLATFORMS ?= cpu
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+# What is compiled here is kept for all checkouts.
+export JAX_COMPILATION_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME:%=%/.cache),$(CURDIR)/.cache)/jaxgen/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
 .PHONY: install demo test test-slow test-numeric lint compilers compile-check compile-models clean

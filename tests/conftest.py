@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(CACHE / "jaxgen" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -61,6 +61,7 @@ def compare_generators(
     samples: int,
     log: Callable[[str], None],
     columns: Callable[[Recipe, dict], dict] | None = None,
+    same_weights: Mapping[str, str] | None = None,
     title: str = "Generators of equal size on the same final grid of tokens, data and training budget",
 ) -> Claim:
     """Trains each system `seeds` times and measures quality, model calls, seconds an image, FLOPs and memory.
@@ -77,6 +78,7 @@ def compare_generators(
       log: takes progress lines.
       columns: `(recipe, parameters by stage) -> {column: value}`, of the last seed; they come last, and replace others of their
         names.
+      same_weights: systems that sample with the weights of an earlier one, {name: the earlier one's}.
       title: of the table.
 
     Raises:
@@ -84,13 +86,18 @@ def compare_generators(
     """
     if seeds < 1:
         raise ValueError(f"seeds={seeds}: expected at least 1")
+    weights = {}
     rows, last = [], []
     judge, tokenizers = {}, {}
     for name, config in systems.items():
         measured, shared = [], _tokenizer_key(config)
         for seed in range(seeds):
             log(f"{name}: seed {seed}")
-            recipe, params, _ = train_all(config, seed, tokenizers.get(shared, {}) | judge, log)
+            if name in (same_weights or {}):
+                recipe, params = config_lib.override(config, [f"run.seed={seed}"]).recipe(), weights[same_weights[name], seed]
+            else:
+                recipe, params, _ = train_all(config, seed, tokenizers.get(shared, {}) | judge, log)
+            weights[name, seed] = params
             tokenizers[shared] = {stage: params[stage] for stage in ("tokenizer",) if stage in params}
             judge = {"classifier": params["classifier"]}
             settings = dict(cfg=0.0, top_k=0, top_p=0.0)

@@ -134,6 +134,14 @@ def test_a_power_law_through_the_sizes(trained):
     assert "a = -0.5000" in claim.notes and "r = -1.0000" in claim.notes
 
 
+def test_systems_that_sample_alike_trained_weights(trained, judged):
+    systems = {"A": BASE, "A, other settings": config_lib.override(BASE, ["model_train.steps=7"])}
+    same = {"A, other settings": "A"}
+    claims.compare_generators(systems, seeds=2, samples=30, log=lambda line: None, same_weights=same)
+    assert len(trained) == 2
+    assert [call["generator"] for call in judged] == [0, 101, 0, 101]
+
+
 def test_tokenizers_and_judges_are_kept(trained, tmp_path):
     """Inside `reuse` they are trained once for a seed, whatever claim asks; the generator is trained each time."""
     with claims.reuse(tmp_path):
