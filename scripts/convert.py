@@ -2,26 +2,39 @@
 
 python scripts/convert.py import --generator var_d16.pth --tokenizer vae_ch160v4096z32.pth --workdir runs/d16
 python scripts/convert.py import --tokenizer vae_ch160v4096z32.pth --workdir runs/mine      # then train a generator on it
+python scripts/convert.py import --layout kl16 --tokenizer kl16.ckpt --workdir runs/xar     # the same for other families
+python scripts/convert.py import --layout hmar --generator hmar-d16.pth --tokenizer vae_ch160v4096z32.pth --workdir runs/hmar
 python scripts/convert.py export --workdir runs/d16 --generator g.safetensors --tokenizer t.safetensors
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 from jaxgen import cli
-from jaxgen.interop import var
+from jaxgen.interop import flexvar, hmar, mar, var
 from jaxgen.recipe import modules
-from jaxgen.recipes import next_scale
+from jaxgen.recipes import next_scale, refined_scale
 from jaxgen.train import save_config, save_params
 
 # What the authors' code fixes and their files therefore leave out.
 UNSAVED = {"groups": 32, "phi_ratio": 0.5, "cosine": False}
+
+# Layouts whose generators are read, and how a tokenizer alone is read; nothing of its parameters depends on the scales.
+GENERATORS = ("var", "hmar")
+TOKENIZERS = {
+    "var": functools.partial(var.load_tokenizer, patch_nums=var.PATCH_NUMS[680]),
+    "hmar": functools.partial(var.load_tokenizer, patch_nums=var.PATCH_NUMS[680]),
+    "flexvar": flexvar.load_tokenizer,
+    "kl16": mar.load_tokenizer,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=("import", "export"))
     parser.add_argument("--workdir", required=True)
+    parser.add_argument("--layout", choices=TOKENIZERS, default="var", help="whose files; exporting writes VAR's")
     parser.add_argument("--generator", help="the generator's file; importing may leave it out")
     parser.add_argument("--tokenizer", required=True, help="the tokenizer's file")
     parser.add_argument("--patch_nums", help="scales, such as 1,2,3,4, where the files do not reveal them")
@@ -36,18 +49,20 @@ def import_checkpoints(args):
         raise ValueError(f"--workdir {args.workdir}: already has {' and '.join(taken)}; import into a new one")
     patch_nums = tuple(cli.comma_separated(args.patch_nums, "--patch_nums")) if args.patch_nums else None
     if not args.generator:
-        # Nothing of a tokenizer's parameters depends on the scales, so any will do to read it.
-        _, tokenizer = var.load_tokenizer(args.tokenizer, patch_nums=patch_nums or var.PATCH_NUMS[680])
+        _, tokenizer = TOKENIZERS[args.layout](args.tokenizer)
         save_params(args.workdir, "tokenizer", {"tokenizer": tokenizer})
         print(f"{args.workdir}: the tokenizer; train a generator on it with --set tokenizer_train.steps=0")
         return
-    model = var.load(
-        generator=args.generator, tokenizer=args.tokenizer, patch_nums=patch_nums, num_heads=args.num_heads
-    )
-    save_params(args.workdir, "tokenizer", {"tokenizer": model.params["tokenizer"]})
-    save_params(args.workdir, "generator", {"generator": model.params["generator"]})
+    if args.layout not in GENERATORS:
+        raise ValueError(f"--layout {args.layout}: of these files the tokenizer alone is imported; leave --generator out")
+    load = hmar.load if args.layout == "hmar" else var.load
+    model = load(generator=args.generator, tokenizer=args.tokenizer, patch_nums=patch_nums, num_heads=args.num_heads)
+    for name, variables in model.params.items():
+        save_params(args.workdir, name, {name: variables})
     # Last, since it makes the directory a run's.
-    save_config(args.workdir, next_scale.config_of(model.generator, model.tokenizer))
+    refined = args.layout == "hmar"
+    config = refined_scale.config_of(model.sampler) if refined else next_scale.config_of(model.generator, model.tokenizer)
+    save_config(args.workdir, config)
     print(f"{args.workdir}: depth {model.generator.depth}, scales {model.patch_nums}, {model.num_classes} classes")
 
 

@@ -153,3 +153,17 @@ def test_what_their_files_cannot_say_is_not_exported(exported, refused, tmp_path
     line = refused("convert", "export", "--workdir", workdir, *arguments(files))
     assert f"tokenizer.{field}=" in line and f"are read as {field}={theirs}" in line
     assert not any(path.exists() for path in files.values())
+
+
+def test_files_of_other_families(shared, succeeds, refused, tmp_path):
+    fixtures = shared / "fixtures"
+    pair = ("--generator", fixtures / "hmar" / "dev_hmar.pth", "--tokenizer", fixtures / "var" / "dev_vae.pth")
+    out = succeeds("convert", "import", "--layout", "hmar", "--workdir", tmp_path / "hmar", *pair)
+    assert out == f"{tmp_path}/hmar: depth 3, scales (1, 2, 3, 4), 4 classes\n"
+    assert {path.name for path in (tmp_path / "hmar" / "checkpoints").iterdir()} == {"tokenizer", "generator", "refiner"}
+    assert load_config(tmp_path / "hmar").refiner_train.steps == 0
+    autoencoder = ("--tokenizer", fixtures / "mar" / "dev_kl.ckpt")
+    succeeds("convert", "import", "--layout", "kl16", "--workdir", tmp_path / "kl", *autoencoder)
+    assert {"encoder", "decoder"} <= load_params(tmp_path / "kl", "tokenizer")[0]["tokenizer"]["params"].keys()
+    line = refused("convert", "import", "--layout", "kl16", "--workdir", tmp_path / "no", *pair[:2], *autoencoder)
+    assert "--layout kl16: of these files the tokenizer alone is imported" in line
