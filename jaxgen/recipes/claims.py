@@ -96,7 +96,7 @@ def compare_generators(
             if name in (same_weights or {}):
                 recipe, params = config_lib.override(config, [f"run.seed={seed}"]).recipe(), weights[same_weights[name], seed]
             else:
-                recipe, params, _ = train_all(config, seed, tokenizers.get(shared, {}) | judge, log)
+                recipe, params = _trained_once(config, seed, tokenizers.get(shared, {}) | judge, log)
             weights[name, seed] = params
             tokenizers[shared] = {stage: params[stage] for stage in ("tokenizer",) if stage in params}
             judge = {"classifier": params["classifier"]}
@@ -199,6 +199,22 @@ def train_all(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[R
     return recipe, {**given, **params}, {name: result.metrics for name, result in results.items()}
 
 
+def _trained_once(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict]:
+    """`train_all` without metrics; inside `reuse` a system is trained once with the same configuration and given stages."""
+    if _kept.get() is None:
+        return train_all(config, seed, given, log)[:2]
+    tokenizer = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(given.get("tokenizer", {})))
+    told = json.dumps([config_lib.to_json(config), seed, hashlib.sha256(tokenizer).hexdigest()], sort_keys=True)
+    folder = _kept.get() / "systems" / _digest(told)
+    if folder.exists():
+        recipe = config_lib.override(config, [f"run.seed={seed}"]).recipe()
+        return recipe, {**{stage.name: load_params(folder, stage.name)[0] for stage in recipe.stages}, **given}
+    recipe, params, _ = train_all(config, seed, given, log)
+    for stage in recipe.stages:
+        save_params(folder, stage.name, params[stage.name])
+    return recipe, params
+
+
 def _kept_stages(recipe: Recipe, seed: int) -> dict[str, Path]:
     """Where, inside `reuse`, the stages are kept that depend on no other: tokenizers and classifiers."""
     if _kept.get() is None:
@@ -219,7 +235,10 @@ _kept: contextvars.ContextVar[Path | None] = contextvars.ContextVar("kept", defa
 
 @contextlib.contextmanager
 def reuse(folder: str | Path | None) -> Iterator[None]:
-    """Keeps what `trained` trains, and every tokenizer and classifier, in a folder; what is there is not trained again."""
+    """Keeps what `trained` and `compare_generators` train, and every tokenizer and classifier, in a folder.
+
+    What is there with the same configuration is not trained again.
+    """
     token = _kept.set(None if folder is None else Path(folder))
     try:
         yield

@@ -142,6 +142,15 @@ def test_systems_that_sample_alike_trained_weights(trained, judged):
     assert [call["generator"] for call in judged] == [0, 101, 0, 101]
 
 
+def test_a_system_of_two_claims_is_trained_once(trained, judged, tmp_path):
+    with claims.reuse(tmp_path):
+        for other in ("model.depth=3", "model.depth=4"):
+            systems = {"A": BASE, "B": config_lib.override(BASE, [other])}
+            claims.compare_generators(systems, seeds=2, samples=30, log=lambda line: None)
+    assert [(call["seed"], call["depth"]) for call in trained] == [(0, 16), (1, 16), (0, 3), (1, 3), (0, 4), (1, 4)]
+    assert [call["generator"] for call in judged][:2] == [call["generator"] for call in judged][4:6]
+
+
 def test_tokenizers_and_judges_are_kept(trained, tmp_path):
     """Inside `reuse` they are trained once for a seed, whatever claim asks; the generator is trained each time."""
     with claims.reuse(tmp_path):
