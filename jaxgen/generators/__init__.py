@@ -19,6 +19,7 @@ from jaxgen.generators.masked_latent import MaskedLatentTransformer
 from jaxgen.generators.masked_latent_sampler import MaskedLatentSampler
 from jaxgen.generators.multi_rate import MultiRateModel
 from jaxgen.generators.multi_token import MultiTokenModel
+from jaxgen.generators.neighbour_llama import NeighbourLlama
 from jaxgen.generators.next_scale import NextScaleTransformer
 from jaxgen.generators.next_scale_sampler import NextScaleSampler, box_mask, check_labels, keep_tokens
 from jaxgen.generators.next_token import NextTokenTransformer
@@ -71,6 +72,7 @@ __all__ = [
     "MaskedTransformer",
     "MultiRateModel",
     "MultiTokenModel",
+    "NeighbourLlama",
     "NextScaleSampler",
     "NextScaleTransformer",
     "NextTokenSampler",

@@ -1,4 +1,4 @@
-"""From key and labels to images in one compiled function: a next-token generator and its tokenizer together."""
+"""From key and labels to images in one compiled function: a generator of tokens, one or a few a step, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ __all__ = ["NextTokenSampler"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextTokenSampler:
-    """Samples images token by token. Used like `NextScaleSampler`; `Settings.cfg` is constant over the positions.
+    """Samples images token by token, or by the steps of another order. Used like `NextScaleSampler`; `Settings.cfg` is constant.
 
     Attributes:
-      generator: predicts the tokens in raster order: `NextTokenTransformer` or `ImageLlama`.
-      tokenizer: of one scale; turns them into pictures.
+      generator: predicts the tokens: `NextTokenTransformer`, `ImageLlama` or `NeighbourLlama`.
+      tokenizer: of one scale; turns them into pictures. None samples tokens alone: the images are then None.
     """
 
     generator: NextTokenTransformer | ImageLlama
-    tokenizer: MultiScaleTokenizer | FlexibleTokenizer
+    tokenizer: MultiScaleTokenizer | FlexibleTokenizer | None
 
     def __post_init__(self):
+        if self.tokenizer is None:
+            return
         if self.tokenizer.order.length != self.generator.length or self.generator.vocab != self.tokenizer.vocab:
             raise ValueError(
                 f"generator (length={self.generator.length}, vocab={self.generator.vocab}) does not fit "
@@ -41,11 +43,11 @@ class NextTokenSampler:
 
     def __call__(
         self, params: dict, key: Key[Array, ""], cond, settings: Settings = Settings()
-    ) -> tuple[Float[Array, "b H W C"], Int[Array, "b l"]]:
-        """(images in [-1, 1], tokens), one image a condition; see `NextScaleSampler.__call__`.
+    ) -> tuple[Float[Array, "b H W C"] | None, Int[Array, "b l"]]:
+        """(images in [-1, 1], tokens in raster order), one image a condition; see `NextScaleSampler.__call__`.
 
         Args:
-          params: `{"generator": ..., "tokenizer": ...}`.
+          params: `{"generator": ..., "tokenizer": ...}`, the latter where there is one.
           key: the i-th image depends on the key, i, its condition and the settings, not on the rest of the batch.
           cond: labels [b]; for a model of captions their features [b, p, c].
           settings: traced.
@@ -68,20 +70,24 @@ class NextTokenSampler:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):
-        b, variables = cond.shape[0], params["generator"]
-        null = self.generator.apply(variables, b, method="unconditional")
+        b, generator, variables = cond.shape[0], self.generator, params["generator"]
+        null = generator.apply(variables, b, method="unconditional")
         cond = jnp.concatenate([cond, null.astype(cond.dtype)])
-        cache = self.generator.init_cache(2 * b)
-        if hasattr(self.generator, "begin"):
-            cache = self.generator.apply(variables, cache, cond, method="begin")
+        cache = generator.init_cache(2 * b)
+        if hasattr(generator, "begin"):
+            cache = generator.apply(variables, cache, cond, method="begin")
         tokens = sample_tokens(
-            stepper(self.generator),
+            stepper(generator),
             params=variables,
             cache=cache,
             cond=cond,
             batch=b,
-            length=self.generator.length,
+            order=generator.order,
             key=key,
             settings=settings,
         )
+        if hasattr(generator, "neighbours"):
+            tokens = generator.neighbours.join(tokens)
+        if self.tokenizer is None:
+            return None, tokens
         return self.tokenizer.apply(params["tokenizer"], tokens, method="decode"), tokens

@@ -44,7 +44,7 @@ def _sample(params, labels, key, settings, batch):
         cache=MODEL.init_cache(2 * batch),
         cond=jnp.concatenate([labels, jnp.full_like(labels, CLASSES)]),
         batch=batch,
-        length=LENGTH,
+        order=MODEL.order,
         key=key,
         settings=settings,
     )
