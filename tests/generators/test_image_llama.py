@@ -98,9 +98,9 @@ def test_bad_input(case):
         sampler({}, jax.random.key(0), bad)
 
 
-def test_dropout_is_for_training(case):
+def test_dropout_is_for_training(randomize):
     """Each rate matters by itself, and only while training."""
-    model, params, cond = case
+    model, params, cond = CLASSES, jax.device_put(randomize(CLASSES.param_shapes())), CONDITIONS[CLASSES]
     dropped = []
     for rates in (dict(token_dropout=0.5), dict(dropout=0.5), dict(dropout=0.5, remat=True)):
         noisy = model.clone(**rates)
