@@ -39,16 +39,17 @@ def sample_tokens(
       batch: b.
       length: l.
       key: row i's noise depends on the key, i and the position only.
-      settings: `cfg` is the constant weight t in (1 + t) conditional - t unconditional.
+      settings: `cfg` is the weight t in (1 + t) conditional - t unconditional, one number or one for each position, [l].
     """
     guided, rows = guide(step), jnp.arange(batch)
+    weights = jnp.broadcast_to(settings.cfg, (length,))
     cache = dataclasses.replace(cache, length=jnp.int32(cache.length))
 
     def one(i, carry):
         tokens, cache = carry
         before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(i - 1, 0), 1, axis=1)
         pos = i[None]
-        out, cache = guided(params, cache, View(before, pos), Guided(cond, settings.cfg))
+        out, cache = guided(params, cache, View(before, pos), Guided(cond, weights[i]))
         logits = truncate(out.params, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         ids = jnp.argmax(logits + gumbel(key, rows, pos, logits.shape[-1]), axis=-1).astype(jnp.int32)
         return jax.lax.dynamic_update_slice_in_dim(tokens, ids, i, axis=1), cache.commit(1)

@@ -27,6 +27,7 @@ from jaxgen.generators.next_x import NextXTransformer
 from jaxgen.generators.next_x_sampler import NextXSampler
 from jaxgen.generators.pivoted_latent import PivotedLatentTransformer
 from jaxgen.generators.pivoted_latent_sampler import PivotedLatentSampler
+from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.refined_scale_sampler import RefinedScaleSampler
 from jaxgen.generators.scale_recurrent import ScaleRecurrentTransformer
 from jaxgen.generators.scale_refiner import ScaleRefiner
@@ -39,6 +40,7 @@ from jaxgen.generators.supernet import SupernetTransformer, equidistant
 from jaxgen.generators.vision_language import VisionLanguageModel, VisionLanguageSampler
 
 __all__ = [
+    "RandomOrderTransformer",
     "PivotedLatentSampler",
     "PivotedLatentTransformer",
     "StagedFlowTransformer",
