@@ -33,6 +33,7 @@ from jaxgen.generators.scale_recurrent import ScaleRecurrentTransformer
 from jaxgen.generators.scale_refiner import ScaleRefiner
 from jaxgen.generators.searched_sampler import SearchedSampler
 from jaxgen.generators.sequence_sampler import Draft, Lookup, Plain, SequenceSampler
+from jaxgen.generators.shuffled import ShuffledSampler, ShuffledTransformer
 from jaxgen.generators.speculative_image_sampler import SpeculativeImageSampler
 from jaxgen.generators.staged_flow import StagedFlowTransformer
 from jaxgen.generators.state_space import StateSpaceModel
@@ -41,6 +42,8 @@ from jaxgen.generators.vision_language import VisionLanguageModel, VisionLanguag
 
 __all__ = [
     "RandomOrderTransformer",
+    "ShuffledSampler",
+    "ShuffledTransformer",
     "PivotedLatentSampler",
     "PivotedLatentTransformer",
     "StagedFlowTransformer",

@@ -73,6 +73,10 @@ class NextTokenSampler:
             raise ValueError(f"captions {cond.shape}: expected features [b, {model.prefix}, {model.caption_width}]")
         return cond
 
+    def arrange(self, tokens: Int[Array, "b l"]) -> Int[Array, "b l"]:
+        """Tokens in raster order from tokens in the order in which the generator makes them."""
+        return tokens
+
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):
         b, variables = cond.shape[0], params["generator"]
@@ -90,7 +94,9 @@ class NextTokenSampler:
             length=self.generator.length,
             key=key,
             settings=settings,
+            size=self.generator.order.sizes[0],
         )
+        tokens = self.arrange(tokens)
         if self.tokenizer is None:
             return None, tokens
         return self.tokenizer.apply(params["tokenizer"], tokens, method="decode"), tokens
