@@ -30,6 +30,7 @@ def sample_tokens(
     order: Order,
     key: Key[Array, ""],
     settings: Settings = Settings(),
+    merged: bool = False,
 ) -> Int[Array, "b l"]:
     """Samples the order's tokens, those of a step all at once, w of them at most.
 
@@ -46,22 +47,28 @@ def sample_tokens(
       batch: b.
       order: of the positions.
       key: row i's noise depends on the key, i and the position only.
-      settings: `cfg` is the constant weight t in (1 + t) conditional - t unconditional.
+      settings: `cfg` is the weight t in (1 + t) conditional - t unconditional, one number or one for each position, [l].
+      merged: a call leaves one position in the cache, whatever it reads; the order's steps are of one size.
+
+    Raises:
+      ValueError: `merged` with steps of several sizes.
     """
+    if merged and len(set(order.sizes)) > 1:
+        raise ValueError(f"merged=True: expected steps of one size, not {sorted(set(order.sizes))}")
     guided, rows, width = guide(step), jnp.arange(batch), max(order.sizes)
     cache = dataclasses.replace(cache, length=jnp.int32(cache.length))
     starts, reads = jnp.asarray((0, *order.ends[:-1])), jnp.asarray((1, *order.sizes[:-1]))
-    place = np.arange(width)
+    place, weights = np.arange(width), jnp.broadcast_to(settings.cfg, (order.length,))
 
     def one(k, carry):
         tokens, cache = carry
         before = jax.lax.dynamic_slice_in_dim(tokens, starts[jnp.maximum(k - 1, 0)], width, axis=1)
         pos = starts[k] + place
-        mask = None if width == 1 else jnp.broadcast_to(place < reads[k], (width, width))
-        out, cache = guided(params, cache, View(before, pos, mask, k), Guided(cond, settings.cfg))
+        mask = None if merged or width == 1 else jnp.broadcast_to(place < reads[k], (width, width))
+        out, cache = guided(params, cache, View(before, pos, mask, k), Guided(cond, weights[pos][:, None]))
         logits = truncate(out.params, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         ids = jnp.argmax(logits + gumbel(key, rows, pos, logits.shape[-1]), axis=-1).astype(jnp.int32)
-        return jax.lax.dynamic_update_slice_in_dim(tokens, ids, starts[k], axis=1), cache.commit(reads[k])
+        return jax.lax.dynamic_update_slice_in_dim(tokens, ids, starts[k], axis=1), cache.commit(1 if merged else reads[k])
 
     tokens = jnp.zeros((batch, order.length + width - 1), jnp.int32)
     tokens, _ = jax.lax.fori_loop(0, order.steps, one, (tokens, cache))

@@ -7,12 +7,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgen.decoding import Settings, check_settings, sample_tokens
 from jaxgen.generators.image_llama import ImageLlama
 from jaxgen.generators.next_scale_sampler import check_labels
 from jaxgen.generators.next_token import NextTokenTransformer
+from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.sequence_sampler import stepper
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer
@@ -22,15 +24,18 @@ __all__ = ["NextTokenSampler"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextTokenSampler:
-    """Samples images token by token, or by the steps of another order. Used like `NextScaleSampler`; `Settings.cfg` is constant.
+    """Samples images token by token, or by the steps of another order. Used like `NextScaleSampler`; `Settings.cfg` is constant,
+    or [l], one for each position.
 
     Attributes:
-      generator: predicts the tokens: `NextTokenTransformer`, `ImageLlama` or `NeighbourLlama`.
-      tokenizer: of one scale; turns them into pictures. None samples tokens alone: the images are then None.
+      generator: predicts the tokens: `NextTokenTransformer`, `ImageLlama`, `NeighbourLlama` or `RandomOrderTransformer`.
+      tokenizer: of one scale; turns them into pictures. None where tokens are all that is wanted.
     """
 
-    generator: NextTokenTransformer | ImageLlama
+    generator: NextTokenTransformer | ImageLlama | RandomOrderTransformer
     tokenizer: MultiScaleTokenizer | FlexibleTokenizer | None
+
+    merged = False  # see `sample_tokens`; a fact of the class, not a field
 
     def __post_init__(self):
         if self.tokenizer is None:
@@ -44,10 +49,10 @@ class NextTokenSampler:
     def __call__(
         self, params: dict, key: Key[Array, ""], cond, settings: Settings = Settings()
     ) -> tuple[Float[Array, "b H W C"] | None, Int[Array, "b l"]]:
-        """(images in [-1, 1], tokens in raster order), one image a condition; see `NextScaleSampler.__call__`.
+        """(images in [-1, 1], None without a tokenizer; tokens in raster order), one image a condition; see `NextScaleSampler`.
 
         Args:
-          params: `{"generator": ..., "tokenizer": ...}`, the latter where there is one.
+          params: `{"generator": ..., "tokenizer": ...}`.
           key: the i-th image depends on the key, i, its condition and the settings, not on the rest of the batch.
           cond: labels [b]; for a model of captions their features [b, p, c].
           settings: traced.
@@ -56,7 +61,10 @@ class NextTokenSampler:
           ValueError: labels or settings out of range, or features of another shape.
         """
         cond = self._checked(cond)
-        check_settings(**{k: v for k, v in settings._asdict().items() if k != "cfg"}, vocab=self.generator.vocab)
+        shape, length = np.shape(settings.cfg), self.generator.length
+        if shape not in ((), (length,)):
+            raise ValueError(f"cfg of shape {shape}: expected one weight, or {length}, one a position")
+        check_settings(**settings._asdict(), vocab=self.generator.vocab)
         return self._sample(params, key, cond, Settings(*map(jnp.float32, settings)))
 
     def _checked(self, cond):
@@ -68,26 +76,30 @@ class NextTokenSampler:
             raise ValueError(f"captions {cond.shape}: expected features [b, {model.prefix}, {model.caption_width}]")
         return cond
 
+    def arrange(self, tokens: Int[Array, "b l"]) -> Int[Array, "b l"]:
+        """Tokens in raster order from tokens in the order in which the generator makes them."""
+        return self.generator.neighbours.join(tokens) if hasattr(self.generator, "neighbours") else tokens
+
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):
-        b, generator, variables = cond.shape[0], self.generator, params["generator"]
-        null = generator.apply(variables, b, method="unconditional")
+        b, variables = cond.shape[0], params["generator"]
+        null = self.generator.apply(variables, b, method="unconditional")
         cond = jnp.concatenate([cond, null.astype(cond.dtype)])
-        cache = generator.init_cache(2 * b)
-        if hasattr(generator, "begin"):
-            cache = generator.apply(variables, cache, cond, method="begin")
+        cache = self.generator.init_cache(2 * b)
+        if hasattr(self.generator, "begin"):
+            cache = self.generator.apply(variables, cache, cond, method="begin")
         tokens = sample_tokens(
-            stepper(generator),
+            stepper(self.generator),
             params=variables,
             cache=cache,
             cond=cond,
             batch=b,
-            order=generator.order,
+            order=self.generator.order,
             key=key,
             settings=settings,
+            merged=self.merged,
         )
-        if hasattr(generator, "neighbours"):
-            tokens = generator.neighbours.join(tokens)
+        tokens = self.arrange(tokens)
         if self.tokenizer is None:
             return None, tokens
         return self.tokenizer.apply(params["tokenizer"], tokens, method="decode"), tokens

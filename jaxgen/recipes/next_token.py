@@ -32,10 +32,13 @@ class NextTokenConfig(NextScaleConfig):
         if self.model.shared_adaln:
             raise ValueError("model.shared_adaln=True: next-token models have one modulation a block")
 
+    def _generator_fields(self) -> dict:
+        fields = super()._generator_fields() | dict(length=self.build_tokenizer().order.length)
+        return {name: value for name, value in fields.items() if name != "shared_adaln"}
+
     def build_generator(self) -> NextTokenTransformer:
         """The generator module."""
-        fields = {name: value for name, value in self._generator_fields().items() if name != "shared_adaln"}
-        return NextTokenTransformer(length=self.build_tokenizer().order.length, **fields)
+        return NextTokenTransformer(**self._generator_fields())
 
     def build_sampler(self) -> NextTokenSampler:
         """From key and labels to images."""
