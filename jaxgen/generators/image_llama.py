@@ -26,7 +26,7 @@ class ImageLlama(nn.Module):
 
     The condition stands in front of the image: a class is one vector, a caption p of them. Positions turn with row and column
     (`rotate`); those of the condition turn to nothing, as in the published models: there its queries and keys are 0, so that it
-    is read, by its values, with the weight of an average key.
+    is read, by its values, with the weight of an average key. On one axis all turn, and the condition comes before the tokens.
 
     Attributes:
       vocab: v.
@@ -98,7 +98,9 @@ class ImageLlama(nn.Module):
 
     @property
     def _coords(self) -> Int[np.ndarray, "p+l n"]:
-        """Where each position lies, row and column of an image; -1 those of the condition."""
+        """Where each position lies, row and column of an image; those of the condition are negative."""
+        if len(self.shape) == 1:
+            return np.arange(-self.prefix, self.length)[:, None]
         cells = np.indices(self.shape).reshape(len(self.shape), -1).T
         return np.concatenate([np.full((self.prefix, len(self.shape)), -1), cells])
 

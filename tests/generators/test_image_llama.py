@@ -119,6 +119,8 @@ def test_places_in_one_and_three_dimensions(case):
     logits = [jax.jit(model.clone(grid=grid).apply)(params, cond, TOKENS) for grid in ((3, 3), (9,))]
     np.testing.assert_array_equal(logits[0], jax.jit(model.apply)(params, cond, TOKENS))
     assert np.any(np.abs(logits[0] - logits[1]) > 1e-4)
+    line = model.clone(grid=(9,))._coords[:, 0]
+    np.testing.assert_array_equal(line, np.arange(9 + model.prefix) - model.prefix)
     clip = model.clone(grid=(2, 3, 1))
     np.testing.assert_array_equal(clip._coords[model.prefix :], [[0, i, 0] for i in range(3)] + [[1, i, 0] for i in range(3)])
     assert clip.length == clip.order.steps == 6 and not (clip._coords[: model.prefix] + 1).any()
