@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Order", "blocks", "raster", "scales"]
+__all__ = ["Neighbours", "Order", "blocks", "raster", "scales"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +120,60 @@ def scales(patch_nums: Sequence[int | tuple[int, int]]) -> Order:
     if any(b[0] < a[0] or b[1] < a[1] for a, b in zip(shapes, shapes[1:])):
         raise ValueError(f"patch_nums {tuple(patch_nums)} must not decrease")
     return order
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """Next-neighbour order: a step takes all cells at one Manhattan distance from the first (NAR, He et al. 2025, section 3.1).
+
+    A cell has up to n neighbours one step nearer, one along each axis of an n-dimensional grid; h x w cells take h + w - 1 steps,
+    t frames of them t + h + w - 2.
+
+    Attributes:
+      shape: cells along each axis, at least one.
+
+    Example:
+      >>> neighbours = Neighbours((2, 3))
+      >>> neighbours.order.sizes, neighbours.index.tolist()
+      ((1, 2, 2, 1), [0, 1, 3, 2, 4, 5])
+    """
+
+    shape: tuple[int, ...]
+
+    @functools.cached_property
+    def order(self) -> Order:
+        """One step a distance.
+
+        Raises:
+          ValueError: no axis, or one that is not positive.
+        """
+        if not self.shape or any(n < 1 for n in self.shape):
+            raise ValueError(f"shape={self.shape}: a grid needs at least one axis and positive sizes")
+        return Order(tuple((int(n),) for n in np.bincount(np.indices(self.shape).sum(0).reshape(-1))))
+
+    @functools.cached_property
+    def index(self) -> np.ndarray:
+        """int32 [l], which cell, counted row by row, each position is; at one distance they come in that order, too."""
+        distance = np.indices(self.shape).sum(0).reshape(-1)
+        return np.argsort(distance, kind="stable").astype(np.int32)
+
+    @functools.cached_property
+    def coords(self) -> np.ndarray:
+        """int32 [l, n], where each position lies."""
+        return np.stack(np.unravel_index(self.index, self.shape), axis=1).astype(np.int32)
+
+    @functools.cached_property
+    def before(self) -> np.ndarray:
+        """int32 [l, n], which position is one step back along each axis; -1 where the grid ends."""
+        position = np.full(tuple(n + 1 for n in self.shape), -1)  # index -1 of an axis is outside the grid
+        position[tuple(self.coords.T)] = np.arange(len(self.index))
+        steps = self.coords[:, None] - np.eye(len(self.shape), dtype=int)
+        return position[tuple(np.moveaxis(steps, -1, 0))].astype(np.int32)
+
+    def split(self, x):
+        """What is [b, l, ...] row by row, in this order."""
+        return x[:, self.index]
+
+    def join(self, x):
+        """The inverse of `split`."""
+        return x[:, np.argsort(self.index)]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxgen.orders import Order, blocks, raster, scales
+from jaxgen.orders import Neighbours, Order, blocks, raster, scales
 
 
 def test_scales_number_the_maps_coarse_to_fine():
@@ -89,3 +89,37 @@ def test_bad_shapes():
     for length, size in ((0, 1), (4, 0)):
         with pytest.raises(ValueError, match=f"length={length} and size={size}"):
             blocks(length, size)
+
+
+def test_neighbours_come_by_their_distance():
+    neighbours = Neighbours((3, 2))
+    assert neighbours.order.sizes == (1, 2, 2, 1)
+    #  0 1      0 1
+    #  2 3  ->  2 3
+    #  4 5      4 5
+    np.testing.assert_array_equal(neighbours.index, [0, 1, 2, 3, 4, 5])
+    wide = Neighbours((2, 3))
+    np.testing.assert_array_equal(wide.index, [0, 1, 3, 2, 4, 5])  # 0 1 2 above 3 4 5
+    np.testing.assert_array_equal(wide.coords, [[0, 0], [0, 1], [1, 0], [0, 2], [1, 1], [1, 2]])
+    np.testing.assert_array_equal(wide.before, [[-1, -1], [-1, 0], [0, -1], [-1, 1], [1, 2], [3, 4]])
+    x = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(wide.split(x)[0], wide.index)
+    np.testing.assert_array_equal(wide.join(wide.split(x)), x)
+
+
+def test_neighbours_take_as_many_steps_as_published():
+    """2n - 1 for images (n = 16) and t + h + w - 2 for clips."""
+    assert Neighbours((16, 16)).order.steps == 31 and Neighbours((4, 16, 16)).order.steps == 34
+    for shape in ((3, 4), (2, 3, 4)):
+        neighbours = Neighbours(shape)
+        np.testing.assert_array_equal(neighbours.coords.sum(1), neighbours.order.step_of)
+        for i, row in enumerate(neighbours.before):
+            for axis, j in enumerate(row):
+                step = np.eye(len(shape), dtype=int)[axis]
+                if neighbours.coords[i, axis]:
+                    np.testing.assert_array_equal(neighbours.coords[j] + step, neighbours.coords[i])
+                else:
+                    assert j == -1
+    for shape in ((), (3, 0)):
+        with pytest.raises(ValueError, match="at least one axis and positive sizes"):
+            _ = Neighbours(shape).order

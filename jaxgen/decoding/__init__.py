@@ -12,7 +12,7 @@ from jaxgen.decoding.economy import SkipDecode, SkipFeedForward
 from jaxgen.decoding.feature_drafts import BeamDrafts, BlockDrafts, designed_tree
 from jaxgen.decoding.grammar import constrain
 from jaxgen.decoding.groups import Groups, sample_groups
-from jaxgen.decoding.guidance import Guided, GuidedCache, guide, scale_ramp
+from jaxgen.decoding.guidance import Guided, GuidedCache, cosine_ramp, guide, scale_ramp
 from jaxgen.decoding.head_aware import HeadPlan, attention_variance, classify_heads, replay, split_budget
 from jaxgen.decoding.head_aware_cache import HeadAwareCache
 from jaxgen.decoding.hierarchical import Hierarchical, Reread, Retrieved
@@ -184,6 +184,7 @@ __all__ = [
     "sample_scales",
     "sample_tokens",
     "search_scales",
+    "cosine_ramp",
     "scale_ramp",
     "speculate",
     "speculate_latents",

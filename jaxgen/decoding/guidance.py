@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxgen.decoding.step import Out, StepFn, View
 
-__all__ = ["Guided", "GuidedCache", "guide", "scale_ramp"]
+__all__ = ["Guided", "GuidedCache", "cosine_ramp", "guide", "scale_ramp"]
 
 
 class Guided(NamedTuple):
@@ -80,3 +80,12 @@ def _twice(x, rank: int):
 def scale_ramp(cfg, step: int, steps: int):
     """VAR's published ramp: t = cfg * step / (steps - 1), so that the first scale is unguided."""
     return cfg * (step / max(steps - 1, 1))
+
+
+def cosine_ramp(cfg, power, steps: int):
+    """The weight at each step, [steps]: cfg (1 - cos(pi (i / steps)^power)) / 2 at step i, from 0 up (Gao et al. 2023, MDT).
+
+    Larger powers keep guidance away for longer. RAR samples with it.
+    """
+    share = (jnp.arange(steps) / steps) ** power
+    return cfg * (1 - jnp.cos(jnp.pi * share)) / 2

@@ -1,4 +1,4 @@
-"""Sampling one token after another: one model call a token, the loop compiled once."""
+"""Sampling an order's steps in turn, such as one token after another: one model call a step, the loop compiled once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jaxgen.decoding.guidance import Guided, guide
@@ -14,6 +15,7 @@ from jaxgen.decoding.next_scale import Settings
 from jaxgen.decoding.noise import gumbel
 from jaxgen.decoding.step import StepFn, View
 from jaxgen.decoding.transforms import truncate
+from jaxgen.orders import Order
 
 __all__ = ["sample_tokens"]
 
@@ -25,33 +27,49 @@ def sample_tokens(
     cache: Any,
     cond: Any,
     batch: int,
-    length: int,
+    order: Order,
     key: Key[Array, ""],
     settings: Settings = Settings(),
+    merged: bool = False,
 ) -> Int[Array, "b l"]:
-    """Samples `length` tokens a row.
+    """Samples the order's tokens, those of a step all at once, w of them at most.
+
+    All calls are as wide as the widest step, so that one program serves all: what is beyond a smaller step's end is written over
+    by the next.
 
     Args:
-      step: the model, unguided, reading the token before each position; its cache has 2b rows.
+      step: the model, unguided, with the next positions as `view.pos` [w] and the number of the call as `view.time`. It reads
+        `view.tokens` [b, w], the tokens of the step before; at the first call, when there are none, it reads one thing of its
+        own, such as a class. Of what it reads the first n count, all others are masked by `view.mask`. Its cache has 2b rows.
       params: passed to `step`.
-      cache: empty, with room for `length` positions.
+      cache: empty, with room for all that is read, and w - 1 more.
       cond: the model's condition, rows [2b]: conditional then unconditional.
       batch: b.
-      length: l.
+      order: of the positions.
       key: row i's noise depends on the key, i and the position only.
-      settings: `cfg` is the constant weight t in (1 + t) conditional - t unconditional.
-    """
-    guided, rows = guide(step), jnp.arange(batch)
-    cache = dataclasses.replace(cache, length=jnp.int32(cache.length))
+      settings: `cfg` is the weight t in (1 + t) conditional - t unconditional, one number or one for each position, [l].
+      merged: a call leaves one position in the cache, whatever it reads; the order's steps are of one size.
 
-    def one(i, carry):
+    Raises:
+      ValueError: `merged` with steps of several sizes.
+    """
+    if merged and len(set(order.sizes)) > 1:
+        raise ValueError(f"merged=True: expected steps of one size, not {sorted(set(order.sizes))}")
+    guided, rows, width = guide(step), jnp.arange(batch), max(order.sizes)
+    cache = dataclasses.replace(cache, length=jnp.int32(cache.length))
+    starts, reads = jnp.asarray((0, *order.ends[:-1])), jnp.asarray((1, *order.sizes[:-1]))
+    place, weights = np.arange(width), jnp.broadcast_to(settings.cfg, (order.length,))
+
+    def one(k, carry):
         tokens, cache = carry
-        before = jax.lax.dynamic_slice_in_dim(tokens, jnp.maximum(i - 1, 0), 1, axis=1)
-        pos = i[None]
-        out, cache = guided(params, cache, View(before, pos), Guided(cond, settings.cfg))
+        before = jax.lax.dynamic_slice_in_dim(tokens, starts[jnp.maximum(k - 1, 0)], width, axis=1)
+        pos = starts[k] + place
+        mask = None if merged or width == 1 else jnp.broadcast_to(place < reads[k], (width, width))
+        out, cache = guided(params, cache, View(before, pos, mask, k), Guided(cond, weights[pos][:, None]))
         logits = truncate(out.params, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         ids = jnp.argmax(logits + gumbel(key, rows, pos, logits.shape[-1]), axis=-1).astype(jnp.int32)
-        return jax.lax.dynamic_update_slice_in_dim(tokens, ids, i, axis=1), cache.commit(1)
+        return jax.lax.dynamic_update_slice_in_dim(tokens, ids, starts[k], axis=1), cache.commit(1 if merged else reads[k])
 
-    tokens, _ = jax.lax.fori_loop(0, length, one, (jnp.zeros((batch, length), jnp.int32), cache))
-    return tokens
+    tokens = jnp.zeros((batch, order.length + width - 1), jnp.int32)
+    tokens, _ = jax.lax.fori_loop(0, order.steps, one, (tokens, cache))
+    return tokens[:, : order.length]

@@ -19,6 +19,7 @@ from jaxgen.generators.masked_latent import MaskedLatentTransformer
 from jaxgen.generators.masked_latent_sampler import MaskedLatentSampler
 from jaxgen.generators.multi_rate import MultiRateModel
 from jaxgen.generators.multi_token import MultiTokenModel
+from jaxgen.generators.neighbour_llama import NeighbourLlama
 from jaxgen.generators.next_scale import NextScaleTransformer
 from jaxgen.generators.next_scale_sampler import NextScaleSampler, box_mask, check_labels, keep_tokens
 from jaxgen.generators.next_token import NextTokenTransformer
@@ -27,11 +28,13 @@ from jaxgen.generators.next_x import NextXTransformer
 from jaxgen.generators.next_x_sampler import NextXSampler
 from jaxgen.generators.pivoted_latent import PivotedLatentTransformer
 from jaxgen.generators.pivoted_latent_sampler import PivotedLatentSampler
+from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.refined_scale_sampler import RefinedScaleSampler
 from jaxgen.generators.scale_recurrent import ScaleRecurrentTransformer
 from jaxgen.generators.scale_refiner import ScaleRefiner
 from jaxgen.generators.searched_sampler import SearchedSampler
 from jaxgen.generators.sequence_sampler import Draft, Lookup, Plain, SequenceSampler
+from jaxgen.generators.shuffled import ShuffledSampler, ShuffledTransformer
 from jaxgen.generators.speculative_image_sampler import SpeculativeImageSampler
 from jaxgen.generators.staged_flow import StagedFlowTransformer
 from jaxgen.generators.state_space import StateSpaceModel
@@ -39,6 +42,9 @@ from jaxgen.generators.supernet import SupernetTransformer, equidistant
 from jaxgen.generators.vision_language import VisionLanguageModel, VisionLanguageSampler
 
 __all__ = [
+    "RandomOrderTransformer",
+    "ShuffledSampler",
+    "ShuffledTransformer",
     "PivotedLatentSampler",
     "PivotedLatentTransformer",
     "StagedFlowTransformer",
@@ -71,6 +77,7 @@ __all__ = [
     "MaskedTransformer",
     "MultiRateModel",
     "MultiTokenModel",
+    "NeighbourLlama",
     "NextScaleSampler",
     "NextScaleTransformer",
     "NextTokenSampler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -25,19 +26,21 @@ class ImageLlama(nn.Module):
 
     The condition stands in front of the image: a class is one vector, a caption p of them. Positions turn with row and column
     (`rotate`); those of the condition turn to nothing, as in the published models: there its queries and keys are 0, so that it
-    is read, by its values, with the weight of an average key.
+    is read, by its values, with the weight of an average key. On one axis all turn, and the condition comes before the tokens.
 
     Attributes:
       vocab: v.
-      grid: tokens along a side.
+      grid: tokens along a side of a square, or along each of one to three axes.
       num_classes: classes, where the label `num_classes` means unconditional; 0 is a model of captions.
       caption_width: c, of the features of a caption's words.
       prefix: p, vectors of the condition.
       width, heads, depth, kv_heads, hidden, theta, scan_layers, remat, dtype: see `LlamaTransformer`.
       init_std: of embeddings and kernels; the head starts at 0.
+      token_dropout: rate on the condition and the embedded tokens, while training.
+      dropout: see `LlamaTransformer`.
 
     Raises:
-      ValueError: neither classes nor captions, or both.
+      ValueError: a grid without cells, or neither classes nor captions, or both.
 
     Example:
       >>> model = ImageLlama(vocab=64, grid=4, num_classes=10, width=64, heads=2, depth=2)
@@ -46,7 +49,7 @@ class ImageLlama(nn.Module):
     """
 
     vocab: int
-    grid: int
+    grid: int | tuple[int, ...]
     width: int
     heads: int
     depth: int
@@ -57,6 +60,8 @@ class ImageLlama(nn.Module):
     hidden: int = 0
     theta: float = 10000.0
     init_std: float = 0.02
+    token_dropout: float = 0.0
+    dropout: float = 0.0
     scan_layers: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -67,12 +72,24 @@ class ImageLlama(nn.Module):
                 f"num_classes={self.num_classes}, caption_width={self.caption_width}, prefix={self.prefix}: expected classes, "
                 "which are one vector, or captions"
             )
+        if not 1 <= len(self.shape) <= 3 or min(self.shape) < 1:
+            raise ValueError(f"grid={self.grid}: expected a positive number, or one to three of them")
         super().__post_init__()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Tokens along each axis."""
+        return (self.grid, self.grid) if isinstance(self.grid, int) else tuple(self.grid)
 
     @property
     def length(self) -> int:
         """l, tokens of an image."""
-        return self.grid**2
+        return math.prod(self.shape)
+
+    @property
+    def layers(self) -> int:
+        """Blocks, each of which has its keys and values in a cache."""
+        return self.depth
 
     @property
     def order(self) -> Order:
@@ -80,10 +97,12 @@ class ImageLlama(nn.Module):
         return raster(self.length)
 
     @property
-    def _coords(self) -> Int[np.ndarray, "p+l 2"]:
-        """Row and column of each position; -1 those of the condition."""
-        cells = np.stack(np.divmod(np.arange(self.length), self.grid), axis=1)
-        return np.concatenate([np.full((self.prefix, 2), -1), cells])
+    def _coords(self) -> Int[np.ndarray, "p+l n"]:
+        """Where each position lies, row and column of an image; those of the condition are negative."""
+        if len(self.shape) == 1:
+            return np.arange(-self.prefix, self.length)[:, None]
+        cells = np.indices(self.shape).reshape(len(self.shape), -1).T
+        return np.concatenate([np.full((self.prefix, len(self.shape)), -1), cells])
 
     def setup(self):
         init = nn.initializers.normal(self.init_std)
@@ -98,17 +117,20 @@ class ImageLlama(nn.Module):
         self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
         self.norm = nn.RMSNorm(epsilon=1e-5)
         self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype)
+        self.drop_tokens = nn.Dropout(self.token_dropout)
 
-    def __call__(self, cond, tokens: Int[Array, "b l"]) -> Float[Array, "b l v"]:
+    def __call__(self, cond, tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
         """Teacher-forced float32 logits: token i is predicted from the condition and tokens < i.
 
         Args:
           cond: labels [b], or features of captions [b, p, c].
           tokens: in raster order.
+          train: drops; needs the rng stream "dropout".
         """
         x = jnp.concatenate([self._condition(cond), self.token_embed(tokens[:, :-1])], axis=1)
+        x = self.drop_tokens(x, deterministic=not train)
         mask = masks.block_causal(raster(x.shape[1]))
-        x, _ = self.transformer(x, self._coords[None, : x.shape[1]], None, mask)
+        x, _ = self._hidden(x, self._coords[None, : x.shape[1]], None, mask, train)
         return self._logits(x[:, self.prefix - 1 :])
 
     def unconditional(self, batch: int):
@@ -123,7 +145,7 @@ class ImageLlama(nn.Module):
         if not n:
             return cache
         mask = jnp.tril(jnp.ones((n, n), bool))
-        _, cache = self.transformer(self._condition(cond)[:, :n], self._coords[None, :n], cache, mask)
+        _, cache = self._hidden(self._condition(cond)[:, :n], self._coords[None, :n], cache, mask)
         return cache.commit(n)
 
     def step(self, cache: KVCache, view: View, cond) -> tuple[Out, KVCache]:
@@ -132,13 +154,13 @@ class ImageLlama(nn.Module):
         pos = pos[None] if pos.ndim == 1 else pos
         last = self._condition(cond if self.num_classes else cond[:, -1:])
         x = jnp.where(pos[..., None] == 0, last, self.token_embed(view.tokens))
-        x, cache = self.transformer(x, jnp.asarray(self._coords)[self.prefix - 1 + pos], cache, view.mask)
+        x, cache = self._hidden(x, jnp.asarray(self._coords)[self.prefix - 1 + pos], cache, view.mask)
         return Out(self._logits(x), x), cache
 
     def init_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache with room for the condition and `capacity` tokens; None is an image's."""
         return KVCache.zeros(
-            layers=self.depth,
+            layers=self.layers,
             batch=batch,
             capacity=self.prefix - 1 + (capacity or self.length),
             heads=self.kv_heads or self.heads,
@@ -156,6 +178,10 @@ class ImageLlama(nn.Module):
         if self.num_classes:
             return self.class_embed(cond)[:, None]
         return self.caption_fc2(nn.gelu(self.caption_fc1(cond), approximate=True))
+
+    def _hidden(self, x, coords, cache, mask, train: bool = False):
+        """(What the head reads, the cache) after all blocks."""
+        return self.transformer(x, coords, cache, mask, train=train)
 
     def _logits(self, x) -> Float[Array, "b l v"]:
         return self.head(self.norm(x).astype(self.dtype)).astype(jnp.float32)

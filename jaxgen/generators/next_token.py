@@ -52,27 +52,40 @@ class NextTokenTransformer(nn.Module):
         """One position a step."""
         return raster(self.length)
 
+    @property
+    def init_std(self) -> float:
+        """Of all kernels and embeddings."""
+        return (1 / (3 * self.width)) ** 0.5
+
     def setup(self):
-        std = (1 / (3 * self.width)) ** 0.5
-        init = nn.initializers.normal(std)
+        init, steps = nn.initializers.normal(self.init_std), self.order.steps
         self.token_embed = nn.Embed(self.vocab, self.width, embedding_init=init)
         self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
-        self.position = self.param("position", init, (self.length, self.width))
+        self.position = self.param("position", init, (steps, self.width))
         self.transformer = AdaLNTransformer(
             **fields_of(self, AdaLNTransformer),
-            init_std=std,
-            mask=masks.block_causal(self.order),
+            init_std=self.init_std,
+            mask=masks.block_causal(raster(steps)),
         )
         self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
+
+    def read(self, tokens: Int[Array, "b q"]) -> Float[Array, "b q d"]:
+        """What the blocks read of the tokens of q steps."""
+        return self.token_embed(tokens)
+
+    def logits(self, x: Float[Array, "b q d"], cond: Float[Array, "b d"]) -> Float[Array, "b q v"]:
+        """The laws of the tokens of q steps."""
+        return self.head(x, cond)
 
     def __call__(
         self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False
     ) -> Float[Array, "b l v"]:
         """Teacher-forced float32 logits: position i is predicted from the class and tokens < i."""
         cond = self.class_embed(labels)
-        x = jnp.concatenate([cond[:, None], self.token_embed(tokens[:, :-1])], axis=1) + self.position
+        before = self.read(tokens[:, : self.length - self.order.sizes[-1]])
+        x = jnp.concatenate([cond[:, None], before], axis=1) + self.position
         x, _ = self.transformer(x, cond, train=train)
-        return self.head(x, cond)
+        return self.logits(x, cond)
 
     def unconditional(self, batch: int) -> Int[Array, "b"]:
         """The labels that say nothing."""
@@ -81,16 +94,16 @@ class NextTokenTransformer(nn.Module):
     def step(self, cache: KVCache, view: View, labels: Int[Array, "b"]) -> tuple[Out, KVCache]:
         """The seam of `jaxgen.decoding`: `view.tokens` [b, q] are the tokens *before* `view.pos`, not read at position 0."""
         cond = self.class_embed(labels)
-        before = jnp.where(jnp.asarray(view.pos)[..., None] == 0, cond[:, None], self.token_embed(view.tokens))
+        before = jnp.where(jnp.asarray(view.pos)[..., None] == 0, cond[:, None], self.read(view.tokens))
         x, cache = self.transformer(before + self.position[view.pos], cond, cache, view.mask)
-        return Out(self.head(x, cond), x), cache
+        return Out(self.logits(x, cond), x), cache
 
     def init_cache(self, batch: int, capacity: int | None = None) -> KVCache:
-        """An empty cache with room for `capacity` positions; None is a sample's."""
+        """An empty cache with room for `capacity` steps; None is a sample's."""
         return KVCache.zeros(
             layers=self.depth,
             batch=batch,
-            capacity=capacity or self.length,
+            capacity=capacity or self.order.steps,
             heads=self.heads,
             head_size=self.width // self.heads,
             dtype=self.dtype,

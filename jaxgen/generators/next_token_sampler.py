@@ -1,4 +1,4 @@
-"""From key and labels to images in one compiled function: a next-token generator and its tokenizer together."""
+"""From key and labels to images in one compiled function: a generator of tokens, one or a few a step, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgen.decoding import Settings, check_settings, sample_tokens
 from jaxgen.generators.image_llama import ImageLlama
 from jaxgen.generators.next_scale_sampler import check_labels
 from jaxgen.generators.next_token import NextTokenTransformer
+from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.sequence_sampler import stepper
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer
@@ -22,17 +24,22 @@ __all__ = ["NextTokenSampler"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextTokenSampler:
-    """Samples images token by token. Used like `NextScaleSampler`; `Settings.cfg` is constant over the positions.
+    """Samples images token by token, or by the steps of another order. Used like `NextScaleSampler`; `Settings.cfg` is constant,
+    or [l], one for each position.
 
     Attributes:
-      generator: predicts the tokens in raster order: `NextTokenTransformer` or `ImageLlama`.
-      tokenizer: of one scale; turns them into pictures.
+      generator: predicts the tokens: `NextTokenTransformer`, `ImageLlama`, `NeighbourLlama` or `RandomOrderTransformer`.
+      tokenizer: of one scale; turns them into pictures. None where tokens are all that is wanted.
     """
 
-    generator: NextTokenTransformer | ImageLlama
-    tokenizer: MultiScaleTokenizer | FlexibleTokenizer
+    generator: NextTokenTransformer | ImageLlama | RandomOrderTransformer
+    tokenizer: MultiScaleTokenizer | FlexibleTokenizer | None
+
+    merged = False  # see `sample_tokens`; a fact of the class, not a field
 
     def __post_init__(self):
+        if self.tokenizer is None:
+            return
         if self.tokenizer.order.length != self.generator.length or self.generator.vocab != self.tokenizer.vocab:
             raise ValueError(
                 f"generator (length={self.generator.length}, vocab={self.generator.vocab}) does not fit "
@@ -41,8 +48,8 @@ class NextTokenSampler:
 
     def __call__(
         self, params: dict, key: Key[Array, ""], cond, settings: Settings = Settings()
-    ) -> tuple[Float[Array, "b H W C"], Int[Array, "b l"]]:
-        """(images in [-1, 1], tokens), one image a condition; see `NextScaleSampler.__call__`.
+    ) -> tuple[Float[Array, "b H W C"] | None, Int[Array, "b l"]]:
+        """(images in [-1, 1], None without a tokenizer; tokens in raster order), one image a condition; see `NextScaleSampler`.
 
         Args:
           params: `{"generator": ..., "tokenizer": ...}`.
@@ -54,7 +61,10 @@ class NextTokenSampler:
           ValueError: labels or settings out of range, or features of another shape.
         """
         cond = self._checked(cond)
-        check_settings(**{k: v for k, v in settings._asdict().items() if k != "cfg"}, vocab=self.generator.vocab)
+        shape, length = np.shape(settings.cfg), self.generator.length
+        if shape not in ((), (length,)):
+            raise ValueError(f"cfg of shape {shape}: expected one weight, or {length}, one a position")
+        check_settings(**settings._asdict(), vocab=self.generator.vocab)
         return self._sample(params, key, cond, Settings(*map(jnp.float32, settings)))
 
     def _checked(self, cond):
@@ -65,6 +75,10 @@ class NextTokenSampler:
         if cond.ndim != 3 or cond.shape[1:] != (model.prefix, model.caption_width):
             raise ValueError(f"captions {cond.shape}: expected features [b, {model.prefix}, {model.caption_width}]")
         return cond
+
+    def arrange(self, tokens: Int[Array, "b l"]) -> Int[Array, "b l"]:
+        """Tokens in raster order from tokens in the order in which the generator makes them."""
+        return self.generator.neighbours.join(tokens) if hasattr(self.generator, "neighbours") else tokens
 
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):
@@ -80,8 +94,12 @@ class NextTokenSampler:
             cache=cache,
             cond=cond,
             batch=b,
-            length=self.generator.length,
+            order=self.generator.order,
             key=key,
             settings=settings,
+            merged=self.merged,
         )
+        tokens = self.arrange(tokens)
+        if self.tokenizer is None:
+            return None, tokens
         return self.tokenizer.apply(params["tokenizer"], tokens, method="decode"), tokens

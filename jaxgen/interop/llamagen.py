@@ -25,7 +25,7 @@ from jaxgen.interop.mapping import Layout, Rule, linear_rules, to_torch
 from jaxgen.interop.vqgan import shape_of
 from jaxgen.tokenizers import FlexibleTokenizer
 
-__all__ = ["LlamaGen", "load", "load_generator"]
+__all__ = ["LlamaGen", "block_rules", "generator_rules", "load", "load_generator", "read_generator", "with_tokenizer"]
 
 # Where the published files hold the parameters (DeepSpeed writes "module").
 NESTED = ("model", "module", "state_dict")
@@ -41,12 +41,12 @@ class LlamaGen:
 
     Attributes:
       generator: the Flax module.
-      tokenizer: the Flax module.
+      tokenizer: the Flax module; None where there are tokens alone.
       params: `{"generator": variables, "tokenizer": variables}`.
     """
 
     generator: ImageLlama
-    tokenizer: FlexibleTokenizer
+    tokenizer: FlexibleTokenizer | None
     params: Mapping[str, Any]
 
     @property
@@ -58,23 +58,23 @@ class LlamaGen:
         """Tokens of images in [-1, 1] in raster order; of any size that whole tokens fill.
 
         Raises:
-          ValueError: images of another shape or dtype.
+          ValueError: images of another shape or dtype, or no tokenizer.
         """
-        images = jnp.asarray(images)
-        factor = self.tokenizer.factor
+        images, tokenizer = jnp.asarray(images), self._its_tokenizer()
+        factor = tokenizer.factor
         if images.ndim != 4 or any(n < factor or n % factor for n in images.shape[1:3]):
             raise ValueError(f"images {images.shape}: expected [b, H, W, 3] with sides that are multiples of {factor}")
         shape = tuple(n // factor for n in images.shape[1:3])
-        return encode(self.tokenizer.clone(patch_nums=(shape,)), self.params["tokenizer"], images)
+        return encode(tokenizer.clone(patch_nums=(shape,)), self.params["tokenizer"], images)
 
     def decode(self, tokens: Int[Array, "b l"]) -> Float[Array, "b H W 3"]:
         """Square images in [-1, 1] of tokens.
 
         Raises:
-          ValueError: a number of tokens that is no square, or ids outside the vocabulary.
+          ValueError: a number of tokens that is no square, ids outside the vocabulary, or no tokenizer.
         """
         tokens, grid = self._checked(tokens)
-        return decode(self.tokenizer.clone(patch_nums=(grid,)), self.params["tokenizer"], tokens)
+        return decode(self._its_tokenizer().clone(patch_nums=(grid,)), self.params["tokenizer"], tokens)
 
     def logits(self, cond, tokens: Int[Array, "b l"]) -> Float[Array, "b l v"]:
         """Teacher-forced float32 logits.
@@ -96,8 +96,8 @@ class LlamaGen:
         top_k: int = 0,
         top_p: float = 0.0,
         temperature: float = 1.0,
-    ) -> tuple[Float[Array, "b H W 3"], Int[Array, "b l"]]:
-        """Samples one image a condition: (images in [-1, 1], tokens), in one compiled function.
+    ) -> tuple[Float[Array, "b H W 3"] | None, Int[Array, "b l"]]:
+        """Samples one image a condition: (images in [-1, 1], None without a tokenizer; tokens), in one compiled function.
 
         Args:
           key: image i depends on the key, i and its condition, not on the rest of the batch.
@@ -110,14 +110,27 @@ class LlamaGen:
         sampler = NextTokenSampler(generator=self.generator, tokenizer=self.tokenizer)
         return sampler(self.params, key, cond, Settings(cfg - 1, temperature, top_k, top_p))
 
-    def save(self, *, generator: str, tokenizer: str) -> None:
-        """Writes safetensors with the authors' names and layout."""
-        tensors = to_torch(self.params["generator"]["params"], generator_rules(self.generator))
-        write_safetensors(generator, _split_gates(tensors))
-        flexvar.save_tokenizer(tokenizer, self.tokenizer, self.params["tokenizer"])
+    def save(self, *, generator: str, tokenizer: str | None = None) -> None:
+        """Writes safetensors with the authors' names and layout.
+
+        Raises:
+          ValueError: a path for a tokenizer that there is not.
+        """
+        write_safetensors(generator, _split_gates(self._published()))
+        if tokenizer is not None:
+            flexvar.save_tokenizer(tokenizer, self._its_tokenizer(), self.params["tokenizer"])
+
+    def _published(self) -> dict[str, np.ndarray]:
+        """The generator under the published names, with the gates joined."""
+        return to_torch(self.params["generator"]["params"], generator_rules(self.generator))
+
+    def _its_tokenizer(self) -> FlexibleTokenizer:
+        if self.tokenizer is None:
+            raise ValueError("tokenizer=None: the generator was loaded without one")
+        return self.tokenizer
 
     def _checked(self, tokens) -> tuple[Int[Array, "b l"], int]:
-        tokens, vocab = np.asarray(tokens), self.tokenizer.vocab
+        tokens, vocab = np.asarray(tokens), self.generator.vocab
         grid = round(tokens.shape[-1] ** 0.5) if tokens.ndim == 2 else 0
         if tokens.ndim != 2 or not grid or grid**2 != tokens.shape[1] or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"tokens {tokens.dtype} {tokens.shape}: expected integers [b, l] of square images")
@@ -155,18 +168,34 @@ def load(
         told.
     """
     module, variables = load_generator(generator, num_heads=num_heads, grid=grid, scan_layers=scan_layers, dtype=dtype)
-    tokens, tokenizer_variables = flexvar.load_tokenizer(tokenizer, patch_nums=(module.grid,), dtype=dtype)
-    if module.vocab != tokens.vocab:
-        raise ValueError(f"{generator} (vocabulary {module.vocab}) does not belong to {tokenizer} (vocabulary {tokens.vocab})")
+    return with_tokenizer(LlamaGen, module, variables, (generator, tokenizer), dtype)
+
+
+def with_tokenizer(cls: type[LlamaGen], module: ImageLlama, variables, paths: tuple[str, str | None], dtype: Any) -> LlamaGen:
+    """A generator, which was read from the first path, with the tokenizer in the second; None is none."""
+    generator, tokenizer = paths
+    params, tokens = {"generator": variables}, None
+    if tokenizer is not None:
+        tokens, params["tokenizer"] = flexvar.load_tokenizer(tokenizer, patch_nums=(module.grid,), dtype=dtype)
+        if module.vocab != tokens.vocab:
+            message = f"{generator} (vocabulary {module.vocab}) does not belong to {tokenizer} (vocabulary {tokens.vocab})"
+            raise ValueError(message)
     # A copy, since the arrays may be views of the files; `jnp.asarray` would compile a program for every shape.
-    params = jax.device_put({"generator": variables, "tokenizer": tokenizer_variables}, may_alias=False)
-    return LlamaGen(generator=module, tokenizer=tokens, params=params)
+    return cls(generator=module, tokenizer=tokens, params=jax.device_put(params, may_alias=False))
 
 
 def load_generator(
     path: str, *, num_heads: int | None = None, grid: int | None = None, scan_layers: bool = True, dtype: Any = jnp.float32
 ):
     """The generator's module and variables (numpy); see `load`."""
+    state, sizes = read_generator(path, num_heads=num_heads, grid=grid)
+    module = ImageLlama(**sizes, scan_layers=scan_layers, dtype=jnp.dtype(dtype))
+    expected = module.param_shapes()["params"]
+    return module, {"params": read_params(path, state, generator_rules(module), BUFFERS, expected)}
+
+
+def read_generator(path: str, *, num_heads: int | None, grid: int | None) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """(Arrays by published name with the gates joined, the sizes of an `ImageLlama`) of a file; see `load`."""
     outer = read_checkpoint(path)
     state = read_state_dict(path, next((key for key in NESTED if key in outer), None))
     vocab, width = shape_of(state, "output.weight", path, 2)
@@ -179,7 +208,7 @@ def load_generator(
     else:
         condition = dict(zip(("prefix", "caption_width"), shape_of(state, captions, path, 2)))
     prefix = condition.get("prefix", 1)
-    module = ImageLlama(
+    sizes = dict(
         vocab=vocab,
         grid=grid or _cached_grid(state, prefix) or GRID,
         width=width,
@@ -187,12 +216,8 @@ def load_generator(
         depth=len({name.split(".")[1] for name in state if name.startswith("layers.")}),
         kv_heads=(shape_of(state, "layers.0.attention.wqkv.weight", path, 2)[0] - width) * heads // (2 * width),
         hidden=shape_of(state, "layers.0.feed_forward.w1.weight", path, 2)[0],
-        scan_layers=scan_layers,
-        dtype=jnp.dtype(dtype),
-        **condition,
     )
-    state, expected = _join_gates(state), module.param_shapes()["params"]
-    return module, {"params": read_params(path, state, generator_rules(module), BUFFERS, expected)}
+    return _join_gates(state), sizes | condition
 
 
 def _cached_grid(state: Mapping[str, np.ndarray], prefix: int) -> int:
@@ -220,11 +245,11 @@ def _split_gates(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def generator_rules(module: ImageLlama) -> tuple[Rule, ...]:
-    """Published names of a generator's parameters, with `w13` of `_join_gates` for their `w1` and `w3`."""
+def block_rules(module: ImageLlama, theirs: str, ours: str) -> tuple[Rule, ...]:
+    """Published names of a stack's blocks, `{theirs}.{i}`, with `w13` of `_join_gates` for their `w1` and `w3`."""
+    theirs, ours = f"{theirs}.{{i}}", f"{ours}/blocks" if module.scan_layers else f"{ours}/blocks_{{i}}"
     d, heads, groups = module.width, module.heads, module.kv_heads or module.heads
     size, ratio = d // heads, heads // groups
-    theirs, ours = "layers.{i}", "transformer/blocks" if module.scan_layers else "transformer/blocks_{i}"
 
     def by_group(x):
         """Queries, keys and values one after the other -> each group's together."""
@@ -237,17 +262,24 @@ def generator_rules(module: ImageLlama) -> tuple[Rule, ...]:
 
     gates = Layout(lambda x: x.transpose(2, 0, 1), lambda x: x.transpose(1, 2, 0))
     out = Layout(lambda x: x.T.reshape(heads, d // heads, d), lambda x: x.reshape(d, d).T)
-    rules = [
-        Rule("tok_embeddings.weight", "token_embed/embedding"),
-        Rule("norm.weight", "norm/scale"),
-        *linear_rules("output", "head", bias=False),
+    return (
         Rule(f"{theirs}.attention_norm.weight", f"{ours}/attention_norm/scale"),
         Rule(f"{theirs}.ffn_norm.weight", f"{ours}/mlp_norm/scale"),
         Rule(f"{theirs}.attention.wqkv.weight", f"{ours}/attention/qkv/kernel", Layout(by_group, by_part)),
         Rule(f"{theirs}.attention.wo.weight", f"{ours}/attention/o/kernel", out),
         Rule(f"{theirs}.feed_forward.w13.weight", f"{ours}/mlp/w13/kernel", gates),
         *linear_rules(f"{theirs}.feed_forward.w2", f"{ours}/mlp/w2", bias=False),
-    ]
+    )
+
+
+def generator_rules(module: ImageLlama) -> tuple[Rule, ...]:
+    """Published names of a generator's parameters; see `block_rules`."""
+    rules = (
+        Rule("tok_embeddings.weight", "token_embed/embedding"),
+        Rule("norm.weight", "norm/scale"),
+        *linear_rules("output", "head", bias=False),
+        *block_rules(module, "layers", "transformer"),
+    )
     if module.num_classes:
         return (*rules, Rule("cls_embedding.embedding_table.weight", "class_embed/embedding"))
     return (

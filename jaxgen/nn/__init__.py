@@ -10,6 +10,7 @@ from jaxgen.nn.moe import MixtureOfExperts
 from jaxgen.nn.recurrent import RecurrentState, ShortConv
 from jaxgen.nn.rope import rotate
 from jaxgen.nn.ssm import Mamba2
+from jaxgen.nn.token_shuffle import TokenShuffle, TokenUnshuffle, window_order
 from jaxgen.nn.transformer import AdaLNBlock, AdaLNTransformer
 
 __all__ = [
@@ -38,7 +39,10 @@ __all__ = [
     "SelfAttention",
     "SharedModulation",
     "ShortConv",
+    "TokenShuffle",
+    "TokenUnshuffle",
     "attend",
     "attend_cached",
     "layer_norm",
+    "window_order",
 ]

@@ -100,9 +100,11 @@ class AdaLNHead(nn.Module):
     head_init: float = 0.02
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], cond: Float[Array, "b d"]) -> Float[Array, "b l v"]:
+    def __call__(self, x: Float[Array, "b l d"], cond: Float[Array, "b *l d"]) -> Float[Array, "b l v"]:
+        """Logits; the condition is one a row, or one a position."""
+        cond = cond if cond.ndim == 3 else cond[:, None]
         ada = _parts(x.shape[-1], (self.rest_init,) * 2, self.kernel_init, name="ada")(nn.silu(cond))
-        scale, shift = jnp.split(ada, 2, axis=1)
+        scale, shift = jnp.moveaxis(ada, -2, 0)
 
         def head_init(*args):
             return self.kernel_init(*args) * self.head_init

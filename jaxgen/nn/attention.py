@@ -158,16 +158,21 @@ class SelfAttention(nn.Module):
       heads: h; must divide the width.
       l2_norm: queries and keys are unit vectors and each head has a learned scale, exp(min(s, log 100)), s_0 = log 4.
       scale: of the products where `l2_norm` is off; None is d ** -0.5.
-      key_bias: keys that turn have a bias, too.
+      head_norm: queries and keys pass a layer norm over each head's numbers, with one learned scale and shift for all heads.
+      key_bias: keys that turn, or are normalised, have a bias, too.
       mask: of training without a cache.
       out_init: initialiser of the output projection.
       dtype: of the computation; parameters, norms and softmax are float32.
       implementation: see `attend`; one that serves block masks only leaves reads of a cache to pick their own.
+
+    Raises:
+      ValueError: two norms of the queries and keys at once.
     """
 
     heads: int
     l2_norm: bool = False
     scale: float | None = None
+    head_norm: bool = False
     key_bias: bool = True
     mask: BlockMask | None = None
     kernel_init: Any = nn.initializers.xavier_uniform()
@@ -183,6 +188,8 @@ class SelfAttention(nn.Module):
         places [l, n] in n dimensions, queries and keys turn (see `rotate`).
         """
         width = x.shape[-1]
+        if self.l2_norm and self.head_norm:
+            raise ValueError("head_norm=True: queries and keys are unit vectors already (l2_norm=True)")
         if width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width {width}")
         head_size = width // self.heads
@@ -192,9 +199,11 @@ class SelfAttention(nn.Module):
         q = qkv[:, :, 0] + self.param("q_bias", zeros, shape).astype(self.dtype)
         k = qkv[:, :, 1]
         v = qkv[:, :, 2] + self.param("v_bias", zeros, shape).astype(self.dtype)
+        if self.key_bias and (self.head_norm or coords is not None):
+            k = k + self.param("k_bias", zeros, shape).astype(self.dtype)
+        if self.head_norm:
+            q, k = (nn.LayerNorm(epsilon=1e-6, name=f"{name}_norm")(x).astype(self.dtype) for name, x in (("q", q), ("k", k)))
         if coords is not None:
-            if self.key_bias:
-                k = k + self.param("k_bias", zeros, shape).astype(self.dtype)
             q, k = (rotate(x, jnp.asarray(coords)[None]) for x in (q, k))
         scale = self.scale
         if self.l2_norm:

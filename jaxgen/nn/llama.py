@@ -111,6 +111,7 @@ class LlamaBlock(nn.Module):
     theta: float = 10000.0
     eps: float = 1e-5
     init_std: float = 0.02
+    dropout: float = 0.0
     mask: BlockMask | None = None
     dtype: Any = jnp.float32
     implementation: str | None = None
@@ -134,21 +135,23 @@ class LlamaBlock(nn.Module):
             self.mlp = MixtureOfExperts(self.hidden, self.experts, self.experts_used, **stds)
         else:
             self.mlp = SwiGLU(self.hidden, **stds)
+        self.drop_attention, self.drop_mlp = nn.Dropout(self.dropout), nn.Dropout(self.dropout)
 
-    def __call__(self, carry, layer, pos, mask=None):
+    def __call__(self, carry, layer, pos, mask=None, train=False):
         """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
         x, cache = carry
-        x, cache = self.attend(x, pos, cache, layer, mask)
-        return (self.feed_forward(x), cache), None
+        x, cache = self.attend(x, pos, cache, layer, mask, train=train)
+        return (self.feed_forward(x, train=train), cache), None
 
-    def attend(self, x, pos, cache=None, layer=0, mask=None, *, stage: bool = True):
+    def attend(self, x, pos, cache=None, layer=0, mask=None, *, stage: bool = True, train: bool = False):
         """The first half: (x, cache); `stage` as in `RotaryAttention`."""
         out, cache = self.attention(self.attention_norm(x).astype(self.dtype), pos, cache, layer, mask, stage=stage)
-        return x + out.astype(x.dtype), cache
+        return x + self.drop_attention(out, deterministic=not train).astype(x.dtype), cache
 
-    def feed_forward(self, x):
+    def feed_forward(self, x, *, train: bool = False):
         """The second half."""
-        return x + self.mlp(self.mlp_norm(x).astype(self.dtype)).astype(x.dtype)
+        out = self.mlp(self.mlp_norm(x).astype(self.dtype))
+        return x + self.drop_mlp(out, deterministic=not train).astype(x.dtype)
 
     def route(self, x) -> tuple[Float[Array, "b l k"], Int[Array, "b l k"]]:
         """(weights, experts) that the second half would use for x; only where there are experts."""
@@ -167,6 +170,8 @@ class LlamaTransformer(nn.Module):
       theta: see `rotate`.
       eps: of the norms.
       init_std: of all kernels; output projections get init_std / sqrt(2 depth).
+      dropout: rate on the output of each half of a block, while training; the rng stream is "dropout".
+      first_layer: of the cache, where several stacks share one.
       mask: of training without a cache.
       scan_layers: parameters of all blocks are stacked on a leading axis and the blocks run in a `lax.scan`.
       remat: recompute block activations in the backward pass.
@@ -184,6 +189,8 @@ class LlamaTransformer(nn.Module):
     theta: float = 10000.0
     eps: float = 1e-5
     init_std: float = 0.02
+    dropout: float = 0.0
+    first_layer: int = 0
     mask: BlockMask | None = None
     scan_layers: bool = False
     remat: bool = False
@@ -201,17 +208,20 @@ class LlamaTransformer(nn.Module):
             theta=self.theta,
             eps=self.eps,
             init_std=self.init_std,
+            dropout=self.dropout,
             mask=self.mask,
             dtype=self.dtype,
             implementation=self.implementation,
         )
-        block = nn.remat(LlamaBlock, prevent_cse=not self.scan_layers) if self.remat else LlamaBlock
+        block = LlamaBlock
+        if self.remat:  # the last argument, `train`, is not an array
+            block = nn.remat(LlamaBlock, prevent_cse=not self.scan_layers, static_argnums=(5,))
         if self.scan_layers:
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=self.depth,
             )
             self.stack = stack(**fields, name="blocks")
@@ -227,6 +237,7 @@ class LlamaTransformer(nn.Module):
         *,
         layers: tuple[int, int] | None = None,
         active: Bool[Array, "*l n"] | None = None,
+        train: bool = False,
     ):
         """(x, cache) after the blocks.
 
@@ -238,6 +249,7 @@ class LlamaTransformer(nn.Module):
           layers: the first block and the one after the last; None is all.
           active: which of the n blocks run: [n] for the whole call, the others cost nothing; or [l, n], where position i passes
             the blocks that are not its own, which saves nothing and is for training.
+          train: drops; needs the rng stream "dropout".
 
         Raises:
           ValueError: some of the blocks, where they are scanned.
@@ -249,14 +261,14 @@ class LlamaTransformer(nn.Module):
         if self.scan_layers:
             if (first, last) != (0, self.depth) or active is not None:
                 raise ValueError(f"layers={layers}: scanned blocks run all together; set scan_layers=False")
-            return self.stack((x, cache), jnp.arange(self.depth), pos, mask)[0]
+            return self.stack((x, cache), self.first_layer + jnp.arange(self.depth), pos, mask, train)[0]
         for i in range(first, last):
-            x, cache = self._block(i, x, pos, cache, mask, active)
+            x, cache = self._block(i, x, pos, cache, mask, active, train)
         return x, cache
 
-    def _block(self, i: int, x, pos, cache, mask, active):
+    def _block(self, i: int, x, pos, cache, mask, active, train: bool):
         def run(block, x, cache):
-            return block((x, cache), i, pos, mask)[0]
+            return block((x, cache), self.first_layer + i, pos, mask, train)[0]
 
         if active is None:
             return run(self.blocks[i], x, cache)

@@ -48,8 +48,11 @@ class AdaLNBlock(nn.Module):
     gate_init: float = 1e-5
     rest_init: float = 0.5
     init_std: float = 0.02
+    head_norm: bool = False
     rms_norm: bool = False
+    learned_norms: bool = False
     gated_mlp: bool = False
+    exact_gelu: bool = False
     dropout: float = 0.0
     drop_path: bool = False
     key_bias: bool = True
@@ -69,20 +72,25 @@ class AdaLNBlock(nn.Module):
         init = nn.initializers.normal(self.init_std)
         out_init = nn.initializers.normal(self.init_std / (2 * self.depth) ** 0.5)
         gates = dict(gate_init=self.gate_init, rest_init=self.rest_init)
+        branches = 2 if self.mixer is None else 3
         if self.shared_adaln:
             ada = SharedModulation(**gates, name="ada")(cond)
         else:
-            branches = 2 if self.mixer is None else 3
             ada = Modulation(self.width, branches, kernel_init=init, **gates, dtype=self.dtype, name="ada")(cond)
         if ada.ndim == 3:
             ada = ada[:, None]
         elif groups is not None:
             ada = ada[:, groups]
         gates, scales, shifts = jnp.split(jnp.moveaxis(ada, -2, 0), 3)  # of each branch [b, 1 or l, d]
-        norm = rms_norm if self.rms_norm else layer_norm
+
+        def norm(x, i):
+            if not self.learned_norms:
+                return rms_norm(x) if self.rms_norm else layer_norm(x)
+            learned = nn.RMSNorm if self.rms_norm else nn.LayerNorm
+            return learned(epsilon=1e-6, name=f"norm_{i % branches}")(x.astype(jnp.float32))
 
         def modulate(x, i):
-            return (norm(x) * (1 + scales[i]) + shifts[i]).astype(self.dtype)
+            return (norm(x, i) * (1 + scales[i]) + shifts[i]).astype(self.dtype)
 
         def residual(x, branch, i):
             if self.dropout:
@@ -94,6 +102,7 @@ class AdaLNBlock(nn.Module):
             self.heads,
             l2_norm=self.l2_norm,
             scale=self.attention_scale,
+            head_norm=self.head_norm,
             key_bias=self.key_bias,
             mask=self.mask if cache is None else None,
             kernel_init=init,
@@ -121,7 +130,7 @@ class AdaLNBlock(nn.Module):
             # A third of the width less, for one matrix more: as many parameters.
             mlp = GEGLU(int(self.width * self.mlp_ratio * 2 / 3), **fields)
         else:
-            mlp = MLP(round(self.width * self.mlp_ratio), **fields)
+            mlp = MLP(round(self.width * self.mlp_ratio), exact=self.exact_gelu, **fields)
         x = residual(x, mlp(modulate(x, -1)), -1)
         return (x, cache), None
 
@@ -140,8 +149,11 @@ class AdaLNTransformer(nn.Module):
       gate_init: see `Modulation`.
       rest_init: see `Modulation`.
       init_std: of all kernels; output projections get init_std / sqrt(2 depth).
+      head_norm: see `SelfAttention`.
       rms_norm: norms divide by the root of the mean square and do not subtract the mean.
+      learned_norms: norms have a learned scale (and shift, if they subtract the mean) beside that of the condition.
       gated_mlp: `GEGLU` in place of `MLP`.
+      exact_gelu: see `MLP.exact`; that of `GEGLU` is exact anyway.
       dropout: rate on the output of each branch, while training; the rng stream is "dropout".
       drop_path_rate: of the last block; the first has 0, linear between.
       mask: of training without a cache.
@@ -165,8 +177,11 @@ class AdaLNTransformer(nn.Module):
     gate_init: float = 1e-5
     rest_init: float = 0.5
     init_std: float = 0.02
+    head_norm: bool = False
     rms_norm: bool = False
+    learned_norms: bool = False
     gated_mlp: bool = False
+    exact_gelu: bool = False
     dropout: float = 0.0
     drop_path_rate: float = 0.0
     mask: BlockMask | None = None
@@ -220,8 +235,11 @@ class AdaLNTransformer(nn.Module):
             gate_init=self.gate_init,
             rest_init=self.rest_init,
             init_std=self.init_std,
+            head_norm=self.head_norm,
             rms_norm=self.rms_norm,
+            learned_norms=self.learned_norms,
             gated_mlp=self.gated_mlp,
+            exact_gelu=self.exact_gelu,
             dropout=self.dropout if train else 0.0,
             drop_path=train and self.drop_path_rate > 0,
             mask=self.mask,

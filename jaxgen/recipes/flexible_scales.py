@@ -51,6 +51,10 @@ class FlexibleTokenizerConfig:
         check_increasing(self.patch_nums)
         check_dtype("tokenizer", self.dtype)
 
+    def build(self, channels: int) -> FlexibleTokenizer:
+        """The module, for images of so many channels."""
+        return FlexibleTokenizer(channels=channels, **dataclasses.asdict(self) | dict(dtype=jnp.dtype(self.dtype)))
+
 
 class Forcing(NamedTuple):
     """A batch as a next-scale model is trained on it, whatever its list of scales.
@@ -98,8 +102,7 @@ class FlexibleConfig(NextScaleConfig):
 
     def build_tokenizer(self) -> FlexibleTokenizer:
         """The tokenizer module."""
-        fields = dataclasses.asdict(self.tokenizer)
-        return FlexibleTokenizer(channels=self.data.channels, **fields | dict(dtype=jnp.dtype(self.tokenizer.dtype)))
+        return self.tokenizer.build(self.data.channels)
 
     def build_generator(self) -> FlexibleTransformer:
         """The generator module."""

@@ -10,7 +10,17 @@ from jaxgen.generators import NextTokenSampler, NextTokenTransformer
 from jaxgen.recipe import Recipe, modules
 from jaxgen.recipes.next_scale import NextScaleConfig
 
-__all__ = ["NextTokenConfig"]
+__all__ = ["NextTokenConfig", "check_one_scale"]
+
+
+def check_one_scale(patch_nums: tuple[int, ...]) -> None:
+    """That a tokenizer has one grid of tokens.
+
+    Raises:
+      ValueError: none, or several.
+    """
+    if len(patch_nums) != 1:
+        raise ValueError(f"tokenizer.patch_nums={patch_nums}: next-token models take one scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +28,17 @@ class NextTokenConfig(NextScaleConfig):
     """`NextScaleConfig` with one scale, whose tokens come one by one in raster order."""
 
     def __post_init__(self):
-        if len(self.tokenizer.patch_nums) != 1:
-            raise ValueError(f"tokenizer.patch_nums={self.tokenizer.patch_nums}: next-token models take one scale")
+        check_one_scale(self.tokenizer.patch_nums)
         if self.model.shared_adaln:
             raise ValueError("model.shared_adaln=True: next-token models have one modulation a block")
 
+    def _generator_fields(self) -> dict:
+        fields = super()._generator_fields() | dict(length=self.build_tokenizer().order.length)
+        return {name: value for name, value in fields.items() if name != "shared_adaln"}
+
     def build_generator(self) -> NextTokenTransformer:
         """The generator module."""
-        fields = {name: value for name, value in self._generator_fields().items() if name != "shared_adaln"}
-        return NextTokenTransformer(length=self.build_tokenizer().order.length, **fields)
+        return NextTokenTransformer(**self._generator_fields())
 
     def build_sampler(self) -> NextTokenSampler:
         """From key and labels to images."""

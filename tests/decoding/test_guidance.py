@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.decoding import Guided, Out, View, guide, scale_ramp
+from jaxgen.decoding import Guided, Out, View, cosine_ramp, guide, scale_ramp
 
 pytestmark = pytest.mark.numeric
 
@@ -72,3 +72,8 @@ def test_the_published_ramp():
     np.testing.assert_allclose([scale_ramp(1.5, k, 4) for k in range(4)], [0.0, 0.5, 1.0, 1.5])
     assert scale_ramp(1.5, 0, 1) == 0.0
     assert jax.jit(lambda cfg: scale_ramp(cfg, 2, 3))(4.0) == 4.0
+
+
+def test_the_cosine_ramp():
+    np.testing.assert_allclose(cosine_ramp(2.0, 1.0, 4), [0.0, 1 - 0.5**0.5, 1.0, 1 + 0.5**0.5], atol=1e-6)
+    np.testing.assert_allclose(cosine_ramp(2.0, 0.5, 4)[1], 1.0, atol=1e-6)

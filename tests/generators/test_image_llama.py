@@ -96,3 +96,31 @@ def test_bad_input(case):
     bad = np.array([7]) if model.num_classes else np.zeros((1, 9, 6))
     with pytest.raises(ValueError, match="label 7 is out of range" if model.num_classes else r"captions \(1, 9, 6\)"):
         sampler({}, jax.random.key(0), bad)
+
+
+def test_dropout_is_for_training(randomize):
+    """Each rate matters by itself, and only while training."""
+    model, params, cond = CLASSES, jax.device_put(randomize(CLASSES.param_shapes())), CONDITIONS[CLASSES]
+    dropped = []
+    for rates in (dict(token_dropout=0.5), dict(dropout=0.5), dict(dropout=0.5, remat=True)):
+        noisy = model.clone(**rates)
+        train = jax.jit(lambda params, key, noisy=noisy: noisy.apply(params, cond, TOKENS, train=True, rngs={"dropout": key}))
+        first, second = (np.asarray(train(params, jax.random.key(i))) for i in (0, 1))
+        assert np.any(np.abs(first - second) > 1e-3)
+        dropped.append(first)
+    np.testing.assert_allclose(dropped[1], dropped[2], atol=1e-5)
+    assert np.any(np.abs(dropped[0] - dropped[1]) > 1e-3)
+    np.testing.assert_array_equal(jax.jit(noisy.apply)(params, cond, TOKENS), jax.jit(model.apply)(params, cond, TOKENS))
+
+
+def test_places_in_one_and_three_dimensions(case):
+    """A model of one axis turns as a plain language model does, one of three by frame, row and column."""
+    model, params, cond = case
+    logits = [jax.jit(model.clone(grid=grid).apply)(params, cond, TOKENS) for grid in ((3, 3), (9,))]
+    np.testing.assert_array_equal(logits[0], jax.jit(model.apply)(params, cond, TOKENS))
+    assert np.any(np.abs(logits[0] - logits[1]) > 1e-4)
+    line = model.clone(grid=(9,))._coords[:, 0]
+    np.testing.assert_array_equal(line, np.arange(9 + model.prefix) - model.prefix)
+    clip = model.clone(grid=(2, 3, 1))
+    np.testing.assert_array_equal(clip._coords[model.prefix :], [[0, i, 0] for i in range(3)] + [[1, i, 0] for i in range(3)])
+    assert clip.length == clip.order.steps == 6 and not (clip._coords[: model.prefix] + 1).any()

@@ -44,7 +44,7 @@ def _sample(params, labels, key, settings, batch):
         cache=MODEL.init_cache(2 * batch),
         cond=jnp.concatenate([labels, jnp.full_like(labels, CLASSES)]),
         batch=batch,
-        length=LENGTH,
+        order=MODEL.order,
         key=key,
         settings=settings,
     )
@@ -112,6 +112,15 @@ def test_settings_matter_and_share_a_program(sample):
         assert np.any(sample(SETTINGS._replace(**change)) != usual), change
     assert np.any(sample(key=jax.random.key(4)) != usual)
     assert _sample._cache_size() == before
+
+
+def test_guidance_for_each_position(sample):
+    """A weight has a say in the tokens from its position on, and equal ones are one."""
+    usual = sample()
+    np.testing.assert_array_equal(sample(SETTINGS._replace(cfg=np.full(LENGTH, SETTINGS.cfg))), usual)
+    late = sample(SETTINGS._replace(cfg=np.where(np.arange(LENGTH) < 3, SETTINGS.cfg, -9.0)))
+    np.testing.assert_array_equal(late[:, :3], usual[:, :3])
+    assert np.any(late[:, 3:] != usual[:, 3:])
 
 
 def test_a_row_does_not_depend_on_its_batch(sample):

@@ -76,3 +76,12 @@ def test_head_init_scales_the_classifier():
     params = jax.jit(module.init)(jax.random.key(0), X, COND)["params"]
     np.testing.assert_allclose(params["head"]["kernel"], np.full((8, 11), 0.02), rtol=1e-6)
     np.testing.assert_allclose(params["ada"]["kernel"], np.full((8, 2, 8), 0.5), rtol=1e-6)
+
+
+def test_a_condition_for_each_position(randomize):
+    module = AdaLNHead(11)
+    params, apply = randomize(jax.eval_shape(module.init, jax.random.key(0), X, COND)), jax.jit(module.apply)
+    conds = RNG.normal(size=X.shape).astype(np.float32)
+    got = apply(params, X, conds)
+    for i in range(X.shape[1]):
+        np.testing.assert_allclose(got[:, i], apply(params, X, conds[:, i])[:, i], atol=5e-6)

@@ -221,3 +221,38 @@ def test_a_mixer_is_a_third_branch_of_each_block():
         assert ada["kernel"].shape == (WIDTH, 9, WIDTH)
         assert module == build(mixer=mixer.clone(), shared_adaln=shared) and hash(module) == hash(module.clone())
     assert shapes["blocks_0"]["ada"]["offset"].shape == (9, WIDTH)
+
+
+def test_learned_norms_norms_of_heads_and_another_gelu(randomize):
+    """Norms that have learned nothing are those without parameters; what they learn matters, and so do the other two."""
+    plain, learned = build(), build(learned_norms=True)
+    params = unrolled_params(learned, randomize)
+    norms = {name for name in params["params"]["blocks_0"] if name.startswith("norm")}
+    assert norms == {"norm_0", "norm_1"}
+    for i in range(DEPTH):
+        for name in norms:
+            params["params"][f"blocks_{i}"][name] = {"scale": np.ones(WIDTH), "bias": np.zeros(WIDTH)}
+    bare = {"params": {b: {n: x for n, x in p.items() if n not in norms} for b, p in params["params"].items()}}
+    want, _ = plain.apply(bare, X, COND)
+    np.testing.assert_allclose(learned.apply(params, X, COND)[0], want, atol=1e-5)
+    for name in norms:
+        for leaf in ("scale", "bias"):
+            changed = jax.tree.map(np.copy, params)
+            changed["params"]["blocks_1"][name][leaf] += np.linspace(0, 1, WIDTH)
+            assert np.abs(learned.apply(changed, X, COND)[0] - want).max() > 1e-3
+    assert np.abs(build(exact_gelu=True).apply(bare, X, COND)[0] - want).max() > 1e-6
+
+    heads = build(head_norm=True)
+    params = unrolled_params(heads, randomize)
+    attention = params["params"]["blocks_0"]["attention"]
+    assert attention["q_norm"]["scale"].shape == (WIDTH // HEADS,) and attention["k_bias"].shape == (HEADS, WIDTH // HEADS)
+    before = heads.apply(params, X, COND)[0]
+    # Without learned shifts and biases, queries and keys of any length are the same.
+    for bias in ("q_bias", "k_bias"):
+        attention[bias][:] = 0
+    base = heads.apply(params, X, COND)[0]
+    assert np.abs(base - before).max() > 1e-4
+    attention["qkv"]["kernel"][:, :2] *= 3
+    np.testing.assert_allclose(heads.apply(params, X, COND)[0], base, atol=1e-4)
+    with pytest.raises(ValueError, match="head_norm=True: .*l2_norm=True"):
+        build(head_norm=True, l2_norm=True).init(jax.random.key(0), X, COND)
