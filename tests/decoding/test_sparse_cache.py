@@ -145,7 +145,8 @@ def test_exposed_queries_are_the_models(randomize):
     x = weights["embed"]["embedding"][TOKENS]
     block = weights["transformer"]["blocks_0"]
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * block["attention_norm"]["scale"]
-    q = rotate(jnp.einsum("bld,dhk->blhk", x, block["attention"]["q"]["kernel"]), jnp.arange(P))
+    kernel = block["attention"]["qkv"]["kernel"][:, :, :2]  # of each of two groups: two queries, a key and a value
+    q = rotate(jnp.einsum("bld,dgrk->blgrk", x, kernel).reshape(B, P, 4, -1), jnp.arange(P))
     np.testing.assert_allclose(out.feats.queries[0], q.reshape(B, P, 2, 2, -1).sum(3), atol=1e-5)
     np.testing.assert_array_equal(out.feats.k, cache.k)
 
