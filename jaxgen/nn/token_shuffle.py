@@ -66,7 +66,21 @@ class _Mixing(nn.Module):
         return x
 
 
-class TokenShuffle(nn.Module):
+class _OfWindows(nn.Module):
+    """What both ways have: fields, and that the window fits the width."""
+
+    width: int
+    window: int
+    blocks: int = 2
+    init_std: float = 0.02
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        compressed_width(self.width, self.window)
+        super().__post_init__()
+
+
+class TokenShuffle(_OfWindows):
     """Windows of s^2 tokens of width d as one vector of width d each: every token in d / s^2 numbers, joined and mixed.
 
     Attributes:
@@ -80,16 +94,6 @@ class TokenShuffle(nn.Module):
       ValueError: a width that s^2 does not divide.
     """
 
-    width: int
-    window: int
-    blocks: int = 2
-    init_std: float = 0.02
-    dtype: Any = jnp.float32
-
-    def __post_init__(self):
-        compressed_width(self.width, self.window)
-        super().__post_init__()
-
     @nn.compact
     def __call__(self, x: Float[Array, "b m*s*s d"]) -> Float[Array, "b m d"]:
         """Tokens, window by window (see `window_order`) -> one vector a window."""
@@ -99,21 +103,11 @@ class TokenShuffle(nn.Module):
         return _Mixing(self.blocks, self.init_std, self.dtype, name="mix")(x)
 
 
-class TokenUnshuffle(nn.Module):
+class TokenUnshuffle(_OfWindows):
     """The way back: one vector a window, mixed, cut into s^2 and widened to d each.
 
     Attributes and errors are those of `TokenShuffle`.
     """
-
-    width: int
-    window: int
-    blocks: int = 2
-    init_std: float = 0.02
-    dtype: Any = jnp.float32
-
-    def __post_init__(self):
-        compressed_width(self.width, self.window)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b m d"]) -> Float[Array, "b m*s*s d"]:

@@ -94,7 +94,7 @@ def compare_generators(
         for seed in range(seeds):
             log(f"{name}: seed {seed}")
             if name in (same_weights or {}):
-                recipe, params = config_lib.override(config, [f"run.seed={seed}"]).recipe(), weights[same_weights[name], seed]
+                recipe, params = _seeded(config, seed).recipe(), weights[same_weights[name], seed]
             else:
                 recipe, params = _trained_once(config, seed, tokenizers.get(shared, {}) | judge, log)
             weights[name, seed] = params
@@ -182,7 +182,7 @@ def scaling_law(sizes: Mapping[str, NextScaleConfig], *, log: Callable[[str], No
 
 def train_all(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict, dict]:
     """(recipe, parameters by stage, last metrics by stage) of a system whose stages in `given` are trained already."""
-    recipe = config_lib.override(config, [f"run.seed={seed}"]).recipe()
+    recipe = _seeded(config, seed).recipe()
     kept = _kept_stages(recipe, seed)
     given = {stage: load_params(folder, stage)[0] for stage, folder in kept.items() if folder.exists()} | dict(given)
     stages = tuple(dataclasses.replace(stage, steps=0) if stage.name in given else stage for stage in recipe.stages)
@@ -199,6 +199,11 @@ def train_all(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[R
     return recipe, {**given, **params}, {name: result.metrics for name, result in results.items()}
 
 
+def _seeded(config: Any, seed: int) -> Any:
+    """The configuration of a run with this seed."""
+    return config_lib.override(config, [f"run.seed={seed}"])
+
+
 def _trained_once(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict]:
     """`train_all` without metrics; inside `reuse` a system is trained once with the same configuration and given stages."""
     if _kept.get() is None:
@@ -207,7 +212,7 @@ def _trained_once(config: Any, seed: int, given: Mapping[str, dict], log) -> tup
     told = json.dumps([config_lib.to_json(config), seed, hashlib.sha256(tokenizer).hexdigest()], sort_keys=True)
     folder = _kept.get() / "systems" / _digest(told)
     if folder.exists():
-        recipe = config_lib.override(config, [f"run.seed={seed}"]).recipe()
+        recipe = _seeded(config, seed).recipe()
         return recipe, {**{stage.name: load_params(folder, stage.name)[0] for stage in recipe.stages}, **given}
     recipe, params, _ = train_all(config, seed, given, log)
     for stage in recipe.stages:
@@ -248,7 +253,7 @@ def reuse(folder: str | Path | None) -> Iterator[None]:
 
 def trained(config: Any, seed: int, log) -> tuple[Recipe, dict]:
     """(recipe, parameters by stage) of a system that several claims build on; trained once inside `reuse`."""
-    config, folder = config_lib.override(config, [f"run.seed={seed}"]), _kept.get()
+    config, folder = _seeded(config, seed), _kept.get()
     if folder is None:
         return train_all(config, seed, {}, log)[:2]
     recipe = config.recipe()
