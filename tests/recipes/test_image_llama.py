@@ -4,14 +4,12 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import llamagen, nar
 from jaxgen import config as config_lib
-from jaxgen.data import digits, pixels
 from jaxgen.recipes import neighbour_claims
 from jaxgen.recipes.image_llama import RULES, ImageLlamaConfig
 from jaxgen.recipes.neighbours import in_raster_order
@@ -22,36 +20,9 @@ SHAPE = ("tokenizer.ch=4", "tokenizer.groups=2", "tokenizer.z_channels=4", "mode
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("system", [llamagen, nar])
-def test_stage_and_sampler(system, randomize):
+def test_stage_and_sampler(system, raster_recipe_agrees):
     config = config_lib.override(system.build("smoke"), SHAPE)
-    recipe, tokenizer, generator = config.recipe(), config.build_tokenizer(), config.build_generator()
-    stage, params = recipe.stage("generator"), {}
-    abstract = jax.eval_shape(tokenizer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    params["tokenizer"] = {"tokenizer": jax.device_put(randomize(abstract))}
-    abstract, _ = jax.eval_shape(stage.init, jax.random.key(0), params)
-    params["generator"] = jax.device_put(randomize(abstract, seed=1))
-    source = digits("train")
-    batch = {"image": jnp.asarray(source.images[:8]), "label": jnp.asarray(source.labels[:8])}
-
-    value, (metrics, _) = jax.jit(stage.loss)(params["generator"], (), batch, jax.random.key(0), 0, params)
-
-    @jax.jit
-    def by_hand():
-        tokens = tokenizer.apply(params["tokenizer"]["tokenizer"], pixels(batch["image"]), method="encode")
-        return tokens, generator.apply(params["generator"]["generator"], batch["label"], tokens)
-
-    tokens, logits = by_hand()
-    probs = np.exp(np.asarray(logits, np.float64))
-    probs /= probs.sum(-1, keepdims=True)
-    nll = -np.log(np.take_along_axis(probs, np.asarray(tokens)[..., None], -1))
-    assert value == pytest.approx(nll.mean(), rel=1e-4)
-    assert metrics["nll_last_step"] == pytest.approx(nll[:, -1].mean(), rel=1e-4)
-
-    # Greedy samples are fixed points of the model's own predictions.
-    made = recipe.sample(params, jax.random.key(0), np.asarray(batch["label"]), cfg=0.0, top_k=1)
-    assert made["images"].shape == (8, 8, 8, 1)
-    again = jax.jit(generator.apply)(params["generator"]["generator"], batch["label"], made["tokens"])
-    np.testing.assert_array_equal(np.asarray(again).argmax(-1), made["tokens"])
+    raster_recipe_agrees(config)
 
 
 # In millions, as in the authors' tables of weights, where they say.
