@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from jaxgen.benchmark import compile_report
-from jaxgen.recipe import Recipe
-from jaxgen.train import abstract_state, make_mesh, make_step
+from jaxgen.recipe import Recipe, Stage
+from jaxgen.train import TrainState, abstract_state, batch_sharding, make_mesh, make_step, replicated
 from kernels_pallas.device import describe, target
 
-__all__ = ["compile_recipe"]
+__all__ = ["UpdateProgram", "compile_recipe", "update_program"]
+
+PyTree = Any
+
+
+class UpdateProgram(NamedTuple):
+    """A stage's update, ready to be lowered for devices that need not be attached.
+
+    Attributes:
+      update: of `jaxgen.train.make_step`.
+      inputs: the shapes, dtypes and places of its arguments: training state, batch, frozen parameters.
+    """
+
+    update: Callable[..., Any]
+    inputs: tuple[TrainState, PyTree, dict[str, PyTree]]
+
+    @property
+    def weights(self) -> PyTree:
+        """What later stages get of this one."""
+        return self.inputs[0].weights
+
+
+def update_program(stage: Stage, mesh: Mesh, known: Mapping[str, PyTree]) -> UpdateProgram:
+    """The update of a stage with its own batches; data are read for their shapes.
+
+    Args:
+      stage: to be trained.
+      mesh: its devices.
+      known: `UpdateProgram.weights` of the earlier stages, by name.
+    """
+    examples = next(iter(stage.data(0, 1)))
+    frozen = {name: known[name] for name in stage.needs}
+    state = abstract_state(stage, mesh, frozen)
+    return UpdateProgram(make_step(stage, mesh, frozen), (state, _place(examples, batch_sharding(mesh)), frozen))
 
 
 def compile_recipe(recipe: Recipe, devices: Sequence[Any], *, batch: int = 2) -> Iterator[dict]:
@@ -34,21 +66,20 @@ def compile_recipe(recipe: Recipe, devices: Sequence[Any], *, batch: int = 2) ->
         examples = next(iter(stage.data(0, 1)))
         fits = all(len(x) % len(devices) == 0 for x in examples.values())
         mesh = make_mesh(f"data={len(devices)}", devices) if fits else make_mesh("data=1", devices[:1])
-        frozen = _place({name: known[name] for name in stage.needs}, mesh, P())
-        state = abstract_state(stage, mesh, frozen)
-        known[stage.name] = state.params if state.ema is None else state.ema
+        # Stages may lie on meshes of their own here.
+        program = update_program(stage, mesh, {name: _place(tree, replicated(mesh)) for name, tree in known.items()})
+        known[stage.name] = program.weights
         if stage.steps:
-            step, given = make_step(stage, mesh, frozen), (state, _place(examples, mesh, P("data")), frozen)
-            yield {"what": f"update of {stage.name}", "devices": mesh.size} | _report(step, *given)
+            yield {"what": f"update of {stage.name}", "devices": mesh.size} | _report(program.update, *program.inputs)
     yield {"what": "sampler", "devices": 1} | _sampler(recipe, known, devices[0], batch)
 
 
 def _sampler(recipe: Recipe, params, device, batch: int) -> dict:
     mesh = make_mesh("data=1", [device])
     asked = [b"To be, or"] * batch if recipe.modality == "text" else np.arange(batch, dtype=np.int32) % 2
-    key = _place({"key": jax.eval_shape(lambda: jax.random.key(0))}, mesh, P())["key"]
+    key = _place(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     with target(describe(device).kind):
-        return _report(lambda params, key: recipe.sample(params, key, asked), _place(params, mesh, P()), key)
+        return _report(lambda params, key: recipe.sample(params, key, asked), _place(params, replicated(mesh)), key)
 
 
 def _report(fn, *args) -> dict:
@@ -58,6 +89,5 @@ def _report(fn, *args) -> dict:
         return {"not compiled": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def _place(tree, mesh, spec):
-    sharding = NamedSharding(mesh, spec)
+def _place(tree, sharding):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

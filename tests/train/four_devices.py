@@ -12,10 +12,13 @@ import optax
 from jax.sharding import PartitionSpec as P
 from toy_recipe import RULES, example, make_recipe, make_stage, source
 
+from jaxgen.collectives import collectives
+from jaxgen.plan import CHIPS, Devices, plan_updates
 from jaxgen.train import (
     Checkpoints,
     RunConfig,
     abstract_state,
+    batch_sharding,
     evaluate,
     init_state,
     load_params,
@@ -34,6 +37,7 @@ meshes = {
     "tensor": make_mesh("data=2,tensor=2"),
     "two": make_mesh("fsdp=2", devices[:2]),
     "one": make_mesh(None, devices[:1]),
+    "data": make_mesh("data=4"),
 }
 rules = (("^params/in/kernel$", P(None, ("fsdp", "tensor"))), *RULES)
 
@@ -127,6 +131,25 @@ with tempfile.TemporaryDirectory() as workdir:
         "same": difference(done["second"].params, again["second"].params) == 0,
     }
 results["evaluate/one"] = evaluate(recipe.stages[0], meshes["one"], done["first"].params, {}, {})["loss"]
+
+# Plans: what an update moves between devices, and whether it fits.
+chip = CHIPS["h100"]
+recipe = make_recipe(make_stage(data=source(batch=16), rules=rules, optimizer=optax.adamw(1e-2)))
+results["plan"] = {spec: next(plan_updates(recipe, Devices("h100-4", chip, 4), spec)) for spec in ("data=4", "fsdp=4")}
+tiny = Devices("h100-4", dataclasses.replace(chip, memory=100), 4)
+results["plan"]["tiny"] = next(plan_updates(recipe, tiny, "fsdp=4"))
+
+
+def traffic(stage, mesh):
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batches[0])
+    return collectives(make_step(stage, mesh, {}).lower(abstract_state(stage, mesh, {}), batch, {}).compile().as_text())
+
+
+results["traffic"] = {
+    "data": traffic(stage, meshes["data"]),
+    "data/micro": traffic(dataclasses.replace(stage, accumulate=2), meshes["data"]),
+    "fsdp": traffic(stage, meshes["fsdp"]),
+}
 
 eighths = make_step(dataclasses.replace(stage, accumulate=8), meshes["four"], {})
 results["errors"] = {

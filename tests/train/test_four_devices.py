@@ -68,3 +68,22 @@ def test_errors_name_the_numbers(results):
     assert errors["batch"] == "a batch of 6 examples cannot be split over data*fsdp=4 devices"
     assert "batch of 16 examples cannot be split into accumulate=8 micro-batches over data*fsdp=4" in errors["micro"]
     assert errors["dimension"] == "params/out/kernel: shape (8, 2) has a dimension 2 that fsdp=4 does not divide"
+
+
+def test_collectives_of_an_update(results):
+    """Replicas average gradients, loss and one metric in one go, once for each micro-batch; nothing else travels."""
+    floats = 4 * 8 + 8 + 8 * 2 + 2
+    assert results["traffic"]["data"] == {"all-reduce": [1, 4 * floats]}
+    assert results["traffic"]["data/micro"] == {"all-reduce": [2, 2 * 4 * floats]}
+    # Split parameters are gathered; they and what is replicated are reduced.
+    assert {name: count for name, (count, _) in results["traffic"]["fsdp"].items()} == {"all-gather": 2, "all-reduce": 3}
+    gathered = 4 * (4 * 8 + 8 * 2)
+    assert results["traffic"]["fsdp"]["all-gather"][1] == gathered
+
+
+def test_plans(results):
+    data, fsdp, tiny = (results["plan"][name] for name in ("data=4", "fsdp=4", "tiny"))
+    assert data["mesh"] == "data=4" and fsdp["mesh"] == "fsdp=4"
+    assert data["batch"] == fsdp["batch"] == 16
+    assert data["collectives"] == 1 and fsdp["collectives"] > 1
+    assert data["fits"] and fsdp["fits"] and not tiny["fits"]
