@@ -83,7 +83,8 @@ def compare_searches(
 def _measure(config, recipe, params, judge, plan, labels, seed, batch) -> dict:
     settings = dict(cfg=0.0, top_k=0, top_p=0.0, plan=plan)
     images = sample_many(recipe, params, jax.random.key(seed), labels, batch_size=min(batch, len(labels)), **settings)
-    reward = jax.jit(config.judges(params)["reward"])(images, labels)
+    judged = config.judges(params)["reward"]
+    reward = jax.jit(lambda images, labels: judged(images, labels))(images, labels)
     module = Classifier(num_classes=config.num_classes, width=config.classifier.width)
     quality = measure_samples(module, judge, images, labels, config.data, limit=2000)
     return {
