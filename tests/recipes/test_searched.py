@@ -258,3 +258,10 @@ def test_the_claim_at_smoke_size():
         rewards = {row["search"]: row["reward"] for row in table.rows}
         assert rewards["best of 2"] > rewards["best of 1"]
         assert all(row["tokens an image"] % 30 == 0 or "TTS" in row["search"] for row in table.rows)
+
+
+@pytest.mark.slow  # trains three stages and a second judge, and searches with every plan
+def test_the_claim_runs_at_smoke_size():
+    reduced, *others = tts_var.claim("smoke", seeds=1, log=lambda line: None)
+    for table in (reduced, *others):
+        assert table.rows and all(np.isfinite(float(str(row["ms/image"]).split()[0])) for row in table.rows)
