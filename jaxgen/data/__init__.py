@@ -5,7 +5,9 @@
 
 from jaxgen.data.folder import FileSource, folder
 from jaxgen.data.loader import DataConfig, batches, info, make_source, read_image
+from jaxgen.data.shard_set import ShardSource, shards
 from jaxgen.data.sources import ArraySource, EncodedSource, Source, digits, npz
+from jaxgen.data.tar_shards import write_tar
 from jaxgen.data.transforms import Preprocess, pixels, to_uint8
 from jaxgen.data.world import World
 from jaxgen.data.world_scene import WorldConfig
@@ -16,6 +18,7 @@ __all__ = [
     "EncodedSource",
     "FileSource",
     "Preprocess",
+    "ShardSource",
     "Source",
     "World",
     "WorldConfig",
@@ -27,5 +30,7 @@ __all__ = [
     "npz",
     "pixels",
     "read_image",
+    "shards",
     "to_uint8",
+    "write_tar",
 ]

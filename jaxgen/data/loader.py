@@ -15,7 +15,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float
 
-from jaxgen.data.folder import folder, leave_out_unreadable
+from jaxgen.data.folder import folder, leave_out_unreadable, stamp
+from jaxgen.data.shard_set import ShardSource, find_shards, shards
 from jaxgen.data.shards import READ, check_shards, one_pass
 from jaxgen.data.sources import ArraySource, EncodedSource, Example, Source, check_split, decode, digits, npz
 from jaxgen.data.transforms import Preprocess, pixels
@@ -31,15 +32,16 @@ class DataConfig:
 
     Attributes:
       path: "digits" for scikit-learn's handwritten digits, "world" for coloured shapes (one in each picture, drawn at
-        `image_size`, see `world.World`), an `.npz` file (see `sources.npz`), or a folder of images (see `folder.folder`; one that
-        is called digits is "./digits").
+        `image_size`, see `world.World`), an `.npz` file (see `sources.npz`), shards (tar, parquet or ArrayRecord files: one, a
+        pattern with `*`, or a folder of them, see `shard_set.shards`), or a folder of images (see `folder.folder`; one that is
+        called digits is "./digits").
       image_size: side of the squares that a model sees; 0 keeps images as they are, which must then have one size (the world's
         is 32).
       channels: 1 or 3; images are converted.
       flip: mirror half of the training images.
       mid_scale: the shorter side is resized to round(mid_scale * image_size) before the crop, which is random in
         training and central otherwise. VAR was trained with 1.125.
-      skip_bad: leave out images that cannot be decoded; otherwise the first one met is an error.
+      skip_bad: leave out damaged shards, and images that cannot be decoded; otherwise the first one met is an error.
       seed: of order, crops and flips.
       workers: processes that make batches; 0 makes them in this process. The batches are the same.
 
@@ -97,15 +99,17 @@ def make_source(config: DataConfig, split: str) -> Source:
     if path == "world":
         side = config.image_size or WorldConfig.height
         return World(WorldConfig(height=side, width=side), split)
+    found = find_shards(path)
+    if found is not None:
+        return _shards(path, split, config.skip_bad, tuple(stamp(name) for name in found[1]))
     if os.path.isdir(path):
         source = folder(path, split)
         return leave_out_unreadable(source) if config.skip_bad else source
     if not os.path.exists(path):
         raise ValueError(f"data.path={path!r}: no such file or folder")
     if not path.lower().endswith(".npz"):
-        raise ValueError(f"data.path={path!r}: neither an .npz file nor a folder")
-    stat = os.stat(path)
-    return _npz(path, split, config.skip_bad, (stat.st_mtime_ns, stat.st_size))
+        raise ValueError(f"data.path={path!r}: neither an .npz file, nor shards, nor a folder")
+    return _npz(path, split, config.skip_bad, stamp(path))
 
 
 # A run opens its data once for each stage; they share one copy while the file stays as it is.
@@ -113,6 +117,12 @@ def make_source(config: DataConfig, split: str) -> Source:
 def _npz(path: str, split: str, skip_bad: bool, stamp: tuple[int, int]) -> ArraySource | EncodedSource:
     source = npz(path, split)
     return leave_out_unreadable(source) if skip_bad and isinstance(source, EncodedSource) else source
+
+
+@functools.lru_cache(maxsize=2)
+def _shards(path: str, split: str, skip_bad: bool, stamps: tuple[tuple[int, int], ...]) -> ShardSource:
+    source = shards(path, split, skip_bad=skip_bad)
+    return leave_out_unreadable(source) if skip_bad else source
 
 
 def info(config: DataConfig) -> dict[str, Any]:
