@@ -7,7 +7,7 @@ import functools
 import math
 import multiprocessing.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -23,7 +23,7 @@ from jaxgen.data.transforms import Preprocess, pixels
 from jaxgen.data.world import World
 from jaxgen.data.world_scene import WorldConfig
 
-__all__ = ["DataConfig", "batches", "info", "make_source", "read_image"]
+__all__ = ["DataConfig", "batches", "info", "make_source", "read_image", "stream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ class DataConfig:
       skip_bad: leave out damaged shards, and images that cannot be decoded; otherwise the first one met is an error.
       seed: of order, crops and flips.
       workers: processes that make batches; 0 makes them in this process. The batches are the same.
+      tokens: a token cache of these images (see `token_cache.write_tokens`), in its folders `train` and `test`: generators are
+        trained from it. Empty encodes the images in every step.
 
     Raises:
       ValueError: a field out of range.
@@ -57,6 +59,7 @@ class DataConfig:
     skip_bad: bool = False
     seed: int = 0
     workers: int = 0
+    tokens: str = ""
 
     def __post_init__(self):
         def check(field: str, ok: bool, expected: str) -> None:
@@ -64,6 +67,7 @@ class DataConfig:
                 raise ValueError(f"data.{field}={getattr(self, field)!r}: must be {expected}")
 
         check("path", isinstance(self.path, str) and bool(self.path), "a path, 'digits' or 'world'")
+        check("tokens", isinstance(self.tokens, str), "a path")
         for field in ("image_size", "seed", "workers"):
             check(field, _is_int(getattr(self, field)) and getattr(self, field) >= 0, "an integer >= 0")
         check("channels", _is_int(self.channels) and self.channels in (1, 3), "1 or 3")
@@ -186,30 +190,59 @@ def batches(
       >>> next(it)["image"].shape
       (8, 8, 8, 1)
     """
+    fields = ("channels", "image_size", "mid_scale", "flip")
+    preprocess = Preprocess(train=train, **{field: getattr(config, field) for field in fields})
+    source = source if config.image_size or not len(source) else _OneSize(source)
+    share = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
+    return stream(source, preprocess, random=preprocess.random, seed=config.seed, workers=config.workers, **share)
+
+
+def stream(
+    source: Any,
+    transform: Callable[..., dict[str, Any]],
+    *,
+    random: bool,
+    seed: int,
+    batch_size: int,
+    train: bool,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    workers: int = 0,
+) -> grain.IterDataset:
+    """What `batches` does, of examples of any kind: dicts of arrays of equal shapes and of integers.
+
+    Args:
+      source: random access to examples.
+      transform: of an example, and of a random generator where `random`.
+      random: whether the transform is; its numbers come from the example's place in the global order.
+      seed: of the order and the transform.
+      workers: processes that make batches.
+
+    Raises:
+      ValueError: no examples, or see `batches`.
+    """
     if not len(source):
         raise ValueError("the source has no images")
     check_shards(batch_size, shard_index, shard_count)
 
-    order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(config.seed).generate_state(2))
-    ds = grain.MapDataset.source(source if config.image_size else _OneSize(source)).shuffle(seed=order_seed)
+    order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+    ds = grain.MapDataset.source(source).shuffle(seed=order_seed)
     if train:
         ds = ds.repeat()
     else:
         ds = one_pass(ds, shard_count)
-    fields = ("channels", "image_size", "mid_scale", "flip")
-    preprocess = Preprocess(train=train, **{field: getattr(config, field) for field in fields})
-    ds = ds.random_map(preprocess, seed=transform_seed) if preprocess.random else ds.map(preprocess)
+    ds = ds.random_map(transform, seed=transform_seed) if random else ds.map(transform)
     # After the random transforms: their numbers come from the place in the global order.
     ds = ds[shard_index::shard_count]
     ds = ds.batch(batch_size // shard_count, drop_remainder=train, batch_fn=_stack)
-    return _WorkerBatches(ds, config.workers) if config.workers else ds.to_iter_dataset(READ)
+    return _WorkerBatches(ds, workers) if workers else ds.to_iter_dataset(READ)
 
 
-def _stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    return {
-        "image": np.stack([e["image"] for e in examples]),
-        "label": np.array([e["label"] for e in examples], np.int32),
-    }
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    def join(values):
+        return np.array(values, np.int32) if isinstance(values[0], int) else np.stack(values)
+
+    return {name: join([example[name] for example in examples]) for name in examples[0]}
 
 
 class _OneSize:
