@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -11,12 +13,32 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import jax
 from jax.sharding import Mesh
 
 from jaxgen.recipe import Recipe
-from jaxgen.train import Interrupted, NonFiniteError, abstract_state, load_config, load_params, shardings
+from jaxgen.train import (
+    CompileCache,
+    Interrupted,
+    NonFiniteError,
+    abstract_state,
+    load_config,
+    load_params,
+    make_mesh,
+    shardings,
+    start_world,
+)
 
-__all__ = ["check_stages", "comma_separated", "load_config_file", "open_workdir", "output_file", "run"]
+__all__ = [
+    "add_device_flags",
+    "check_stages",
+    "comma_separated",
+    "load_config_file",
+    "open_devices",
+    "open_workdir",
+    "output_file",
+    "run",
+]
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -37,7 +59,40 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
+    if code and jax.distributed.is_initialized() and jax.process_count() > 1:
+        # An orderly exit would wait for the other processes, which wait for this one; they are told by JAX's runtime.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for which devices a script uses, read by `open_devices`."""
+    parser.add_argument("--mesh", help="axes and sizes, such as data=2,fsdp=2")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0 of a run of several processes")
+    parser.add_argument("--num_processes", type=int, help="how many take part; clusters say so by themselves")
+    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
+    parser.add_argument("--wait_s", type=float, default=300.0, help="seconds to wait for the other processes")
+    parser.add_argument("--compile_cache", metavar="DIR", help="keeps compiled programs for the next run")
+
+
+def open_devices(args: argparse.Namespace, *, every_device: bool) -> Mesh | None:
+    """Connects the processes of a run, and makes the mesh.
+
+    Args:
+      args: with the flags of `add_device_flags`.
+      every_device: without `--mesh`, whether all devices are used, or none but the first: then there is no mesh.
+
+    Raises:
+      ValueError: see `jaxgen.train.start_world` and `jaxgen.train.make_mesh`.
+    """
+    start_world(coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id, wait_s=args.wait_s)
+    if args.compile_cache:
+        cache = CompileCache(args.compile_cache)
+        atexit.register(lambda: jax.process_index() == 0 and print(cache))
+    several = jax.process_count() > 1
+    return make_mesh(args.mesh) if args.mesh or every_device or several else None
 
 
 def load_config_file(path: str) -> ModuleType:
@@ -114,6 +169,8 @@ def comma_separated(text: str, flag: str, kind=int) -> list:
 @contextlib.contextmanager
 def output_file(flag: str, path: str) -> Iterator[Path]:
     """A name to write to, in the folder of `path` (made if missing); in the end the file moves to `path`, whole.
+
+    For process 0 alone, where there are several.
 
     Raises:
       ValueError: it cannot be written; what was at `path` is still there.

@@ -26,17 +26,21 @@ def main():
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--step", help="a checkpoint's step, or best; the latest if left out")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="such as data.path=...")
+    cli.add_device_flags(parser)
     args = parser.parse_args()
     for edit in args.set:
         if not edit.startswith("data."):
             raise ValueError(f"--set {edit}: only the data may differ from what was trained (data.path=...)")
     step = int(args.step) if args.step and args.step.isdigit() else args.step
-    recipe, params = cli.open_workdir(args.workdir, edits=args.set, step=step)
+    mesh = cli.open_devices(args, every_device=False)
+    recipe, params = cli.open_workdir(args.workdir, edits=args.set, step=step, mesh=mesh)
     recipe.config.resolve()  # says if these data do not fit
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
     results, _ = evaluate_images(
-        recipe, params, jax.random.key(args.seed), num=args.num, batch_size=args.batch_size, settings=settings
+        recipe, params, jax.random.key(args.seed), num=args.num, batch_size=args.batch_size, settings=settings, mesh=mesh
     )
+    if jax.process_index():
+        return
     write_json(Path(args.workdir) / "evaluation.json", results)
     print(json.dumps(results, indent=2))
 

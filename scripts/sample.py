@@ -19,7 +19,7 @@ from jaxgen.data.text import decode_bytes
 from jaxgen.decoding.speculate import BROKEN
 from jaxgen.generators import box_mask
 from jaxgen.recipes.evaluation import sample_many
-from jaxgen.train import make_mesh
+from jaxgen.train import to_host
 from kernels_pallas import partitioned
 
 
@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--image", help="a picture to edit")
     parser.add_argument("--box", help="top,left,bottom,right as shares of the picture; 0.25,0.25,0.75,0.75 if left out")
     parser.add_argument("--outpaint", action="store_true", help="keep the box and make the rest, instead of the reverse")
-    parser.add_argument("--mesh", help="axes and sizes, such as data=4; one device if left out")
+    cli.add_device_flags(parser)
     parser.add_argument("--out", required=True, help="a .png for the picture, a .txt for text")
     parser.add_argument("--npz", help="also saves images [n, H, W, C] uint8 and labels [n]")
     args = parser.parse_args()
@@ -64,7 +64,7 @@ def main():
     if (args.box or args.outpaint) and not args.image:
         raise ValueError("--box and --outpaint edit a picture: --image is missing")
     step = int(args.step) if args.step and args.step.isdigit() else args.step
-    mesh = make_mesh(args.mesh) if args.mesh else None
+    mesh = cli.open_devices(args, every_device=False)
     recipe, params = cli.open_workdir(args.workdir, step=step, mesh=mesh)
     if (recipe.modality == "text") != text:
         raise ValueError(f"--workdir {args.workdir}: makes {recipe.modality}; give {'--prompt' if not text else '--labels'}")
@@ -101,6 +101,8 @@ def sample_images(args, recipe, params, mesh):
         settings["image"] = read_image(args.image, recipe.config.data)
         settings["keep"] = box_mask(box, outpaint=args.outpaint)
     images = sample_many(recipe, params, jax.random.key(args.seed), labels, batch_size=batch, mesh=mesh, **settings)
+    if jax.process_index():
+        return
     picture = pictures.grid(images, args.num, scale=args.scale)
     with cli.output_file("--out", args.out) as path:
         pictures.save_png(path, picture)
@@ -116,6 +118,9 @@ def sample_text(args, recipe, params, mesh):
     settings = dict(length=args.length, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature) | options(args.option)
     with partitioned(mesh) if mesh else contextlib.nullcontext():
         out = recipe.sample(params, jax.random.key(args.seed), prompts, **settings)
+    out = to_host(out)
+    if jax.process_index():
+        return
     texts = decode_bytes(out["tokens"], out["length"])
     with cli.output_file("--out", args.out) as path:
         path.write_text(("\n" + "-" * 40 + "\n").join(texts) + "\n")

@@ -6,7 +6,7 @@ python scripts/train.py --config configs/var.py --variant small --workdir runs/m
 import argparse
 
 from jaxgen import cli
-from jaxgen.train import make_mesh, train
+from jaxgen.train import train
 
 
 def main():
@@ -15,10 +15,12 @@ def main():
     parser.add_argument("--variant", required=True)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="edits of the configuration")
-    parser.add_argument("--mesh", help="axes and sizes, such as data=2,fsdp=2; all devices on data if left out")
+    parser.add_argument("--profile", type=int, metavar="N", help="records a trace of N updates in the work directory")
+    cli.add_device_flags(parser)
     args = parser.parse_args()
-    recipe = cli.load_config_file(args.config).get_config(args.variant).override(args.set)
-    mesh = make_mesh(args.mesh)
+    profile = [] if args.profile is None else [f"run.profile={args.profile}"]
+    recipe = cli.load_config_file(args.config).get_config(args.variant).override([*args.set, *profile])
+    mesh = cli.open_devices(args, every_device=True)
     recipe = recipe.config.resolve().recipe()
     cli.check_stages(recipe, mesh)
     train(recipe, args.workdir, mesh=mesh, run=recipe.config.run)

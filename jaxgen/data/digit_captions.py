@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxgen.data.loader import DataConfig, make_source
-from jaxgen.data.shards import READ, check_shards
+from jaxgen.data.shards import READ, check_shards, share
 from jaxgen.data.sources import Source, check_split
 
 __all__ = ["QUESTIONS", "DigitCaptionConfig", "DigitCaptions", "answer", "digit_caption_batches"]
@@ -161,6 +161,6 @@ def digit_caption_batches(
     if train:
         ds = ds.shuffle(seed=config.seed).repeat()
     ds = ds.map(DigitCaptions(config, split).__getitem__)
-    ds = ds[shard_index::shard_count].batch(batch_size // shard_count, drop_remainder=train)
+    ds = share(ds, batch_size, shard_index, shard_count).batch(batch_size // shard_count, drop_remainder=train)
     return ds.to_iter_dataset(READ)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxgen.data.folder import folder, leave_out_unreadable, stamp
 from jaxgen.data.shard_set import ShardSource, find_shards, shards
-from jaxgen.data.shards import READ, check_shards, one_pass
+from jaxgen.data.shards import READ, check_shards, one_pass, share
 from jaxgen.data.sources import ArraySource, EncodedSource, Example, Source, check_split, decode, digits, npz
 from jaxgen.data.transforms import Preprocess, pixels
 from jaxgen.data.world import World
@@ -161,8 +161,8 @@ def batches(
 ) -> grain.IterDataset:
     """One host's share of the batches {"image": uint8 [b, H, W, C], "label": int32 [b]}.
 
-    Training goes on for ever: one random order after another, cut into global batches, of which each host gets every
-    `shard_count`-th example. So the global batches, crops and flips included, are the same for any number of hosts.
+    Training goes on for ever: one random order after another, cut into global batches, of which each host gets its rows
+    (see `shards.share`). So the global batches, crops and flips included, are the same for any number of hosts.
 
     Otherwise there is one pass, in one random order, so that the first few batches are a fair sample; the last batch
     may be smaller. Several hosts must make equally many batches of equal sizes: if `shard_count` does not divide the
@@ -193,8 +193,8 @@ def batches(
     fields = ("channels", "image_size", "mid_scale", "flip")
     preprocess = Preprocess(train=train, **{field: getattr(config, field) for field in fields})
     source = source if config.image_size or not len(source) else _OneSize(source)
-    share = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
-    return stream(source, preprocess, random=preprocess.random, seed=config.seed, workers=config.workers, **share)
+    part = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
+    return stream(source, preprocess, random=preprocess.random, seed=config.seed, workers=config.workers, **part)
 
 
 def stream(
@@ -233,7 +233,7 @@ def stream(
         ds = one_pass(ds, shard_count)
     ds = ds.random_map(transform, seed=transform_seed) if random else ds.map(transform)
     # After the random transforms: their numbers come from the place in the global order.
-    ds = ds[shard_index::shard_count]
+    ds = share(ds, batch_size, shard_index, shard_count)
     ds = ds.batch(batch_size // shard_count, drop_remainder=train, batch_fn=_stack)
     return _WorkerBatches(ds, workers) if workers else ds.to_iter_dataset(READ)
 

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxgen.data.shards import READ, check_shards, one_pass
+from jaxgen.data.shards import READ, check_shards, one_pass, share
 from jaxgen.data.sources import check_split
 
 __all__ = ["TextConfig", "decode_bytes", "encode_bytes", "read_text", "text_batches"]
@@ -107,7 +107,7 @@ def text_batches(
         ds = ds.shuffle(seed=config.seed).repeat().random_map(_Window(data, length), seed=config.seed)
     else:
         ds = one_pass(ds.map(_Window(data, length)), shard_count)
-    ds = ds[shard_index::shard_count].batch(batch_size // shard_count, drop_remainder=train)
+    ds = share(ds, batch_size, shard_index, shard_count).batch(batch_size // shard_count, drop_remainder=train)
     return ds.to_iter_dataset(READ)
 
 

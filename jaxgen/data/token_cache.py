@@ -34,22 +34,14 @@ def digest(params: Any) -> str:
     """A number in hexadecimals that changes when a parameter does: of names, shapes, types and values.
 
     Args:
-      params: a tree of arrays, anywhere; arrays over several processes are gathered, so that all must call this.
+      params: a tree of arrays that this host has whole.
     """
     found = hashlib.sha256()
-    for path, x in sorted((jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in _leaves(params)):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            from jax.experimental import multihost_utils
-
-            x = multihost_utils.process_allgather(x, tiled=True)
-        x = np.ascontiguousarray(x)
-        found.update(f"{path} {x.dtype} {np.shape(x)};".encode())
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, x in sorted((jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(x)) for path, x in leaves):
+        found.update(f"{path} {x.dtype} {x.shape};".encode())
         found.update(x.tobytes())
     return found.hexdigest()
-
-
-def _leaves(params: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(params)
 
 
 def write_tokens(
@@ -235,6 +227,21 @@ class TokenSource:
         if missing:
             first = missing[0]
             raise ValueError(f"{self.folder}: {len(missing)} of {shards} shards are missing, such as {first}; go on encoding")
+        # Read here: numpy reads headers with `ast`, which threads of Python 3.11 must not do at the same time.
+        _ = self._layout
+
+    @functools.cached_property
+    def _layout(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Type and shape of an example's arrays, which are the same in all shards."""
+        found = {}
+        for kind in ("tokens", "views", "labels"):
+            path = _name(Path(self.folder), kind, 0)
+            try:
+                array = np.load(path, mmap_mode="r")
+            except (OSError, ValueError, EOFError) as error:
+                raise ValueError(f"{path}: damaged ({error}); remove it and go on encoding") from error
+            found[kind] = array.dtype, array.shape[1:]
+        return found
 
     @functools.cached_property
     def _about(self) -> dict[str, Any]:
@@ -266,15 +273,20 @@ class TokenSource:
         return f"{self.folder}[{index}]"
 
     def _array(self, kind: str, shard: int) -> np.ndarray:
-        return _mapped(str(_name(Path(self.folder), kind, shard)))
+        dtype, shape = self._layout[kind]
+        rows = min(self._about["per_shard"], len(self) - shard * self._about["per_shard"])
+        return _mapped(str(_name(Path(self.folder), kind, shard)), dtype, (rows, *shape))
 
 
 @functools.lru_cache(maxsize=256)
-def _mapped(path: str) -> np.ndarray:
-    """A shard's file; what is not looked at is not read."""
+def _mapped(path: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A shard's array behind its header, whose size is a multiple of 64; what is not looked at is not read."""
     try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        offset = os.path.getsize(path) - dtype.itemsize * int(np.prod(shape))
+        if offset < 64 or offset % 64:
+            raise ValueError(f"expected {dtype} {shape}")
+        return np.memmap(path, dtype, "r", offset, shape)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove it and go on encoding") from error
 
 

@@ -17,7 +17,7 @@ from jaxgen.nn.classifier import Classifier
 from jaxgen.nn.perceptual import lpips
 from jaxgen.recipe import modules
 from jaxgen.recipes.image_quality import observe
-from jaxgen.train import shard_batch
+from jaxgen.train import batch_share, shard_batch, to_host
 
 __all__ = ["evaluate_images", "held_out", "measure_reconstruction", "measure_samples", "real_features", "sample_many"]
 
@@ -163,13 +163,18 @@ def sample_many(
         chunk = np.asarray(labels[start : start + batch_size])
         padded = np.resize(chunk, batch_size)
         if mesh is not None:
-            padded = shard_batch(mesh, padded)
+            index, count = batch_share(mesh)
+            if batch_size % count:
+                raise ValueError(f"batch_size={batch_size} cannot be split over {count} processes")
+            padded = shard_batch(mesh, np.split(padded, count)[index])
         images = recipe.sample(params, jax.random.fold_in(key, i), padded, **settings)["images"]
-        out.append(np.asarray(images)[: len(chunk)])
+        out.append(to_host(images)[: len(chunk)])
     return np.concatenate(out)
 
 
-def evaluate_images(recipe, params, key, *, num: int, batch_size: int, settings: dict) -> tuple[dict, np.ndarray]:
+def evaluate_images(
+    recipe, params, key, *, num: int, batch_size: int, settings: dict, mesh: Mesh | None = None
+) -> tuple[dict, np.ndarray]:
     """Everything that can be measured of a trained image recipe.
 
     Args:
@@ -180,6 +185,7 @@ def evaluate_images(recipe, params, key, *, num: int, batch_size: int, settings:
       num: samples, spread evenly over the classes.
       batch_size: of sampling.
       settings: of sampling.
+      mesh: where `params` lie and samples are made; what is measured of them, each process measures by itself.
 
     Returns:
       ({"reconstruction": ..., "generation": ...}, the samples [num, H, W, C] sorted by class).
@@ -193,7 +199,9 @@ def evaluate_images(recipe, params, key, *, num: int, batch_size: int, settings:
         raise ValueError(f"num={num}: at least one sample for each of the {classes} classes")
     labels = np.sort(np.arange(num, dtype=np.int32) % classes)
     # First, since the sampler checks that the parameters fit.
-    images = sample_many(recipe, params, key, labels, batch_size=min(batch_size, num), **settings)
+    images = sample_many(recipe, params, key, labels, batch_size=min(batch_size, num), mesh=mesh, **settings)
+    if mesh is not None:
+        variables = to_host({name: tree for name, tree in variables.items() if name in ("tokenizer", "classifier")})
     # Patches of pixels have no parameters, and no stage.
     reconstruction = measure_reconstruction(config.build_tokenizer(), variables.get("tokenizer", {}), config.data)
     generation = {"settings": dict(settings)}

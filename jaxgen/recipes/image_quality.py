@@ -320,7 +320,7 @@ def data_reference(
         start = 0
         for batch in batches(source, data, batch_size=batch_size * hosts, train=False, shard_index=host, shard_count=hosts):
             images = batch["image"]
-            index = (start + np.arange(len(images))) * hosts + host
+            index = start * hosts + host * len(images) + np.arange(len(images))
             yield images, np.where(index < count, index, -1)
             start += len(images)
             if start * hosts >= count:

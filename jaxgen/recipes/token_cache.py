@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxgen.data import DataConfig, batches, make_source, pixels
 from jaxgen.data.token_cache import TokenSource, digest, token_batches, write_tokens
 from jaxgen.recipe import modules
-from jaxgen.train import batch_sharding, make_mesh, replicated
+from jaxgen.train import batch_sharding, make_mesh, replicated, to_host
 
 __all__ = ["cache_tokens", "check_codes", "check_no_cache", "code_batches", "codes", "image_batches"]
 
@@ -47,12 +46,11 @@ def cache_tokens(
       >>> recipe, params = cli.open_workdir("runs/tokenizer")
       >>> cache_tokens(recipe.config, params, "imagenet_tokens", views=10, batch_size=256)
     """
-    tokenizer, variables = config.build_tokenizer(), modules(params).get("tokenizer", {})
+    tokenizer, variables = config.build_tokenizer(), to_host(modules(params).get("tokenizer", {}))
     devices = jax.local_devices()
     mesh = make_mesh(devices=devices)
     batch_size = -(-batch_size // len(devices)) * len(devices)
-    # Over several processes the parameters may lie on all their devices; each encodes on its own.
-    here = jax.device_put(jax.tree.map(_whole, variables), replicated(mesh))
+    here = jax.device_put(variables, replicated(mesh))
 
     @jax.jit
     def encode(variables, images):
@@ -75,15 +73,6 @@ def cache_tokens(
             process_count=jax.process_count(),
             log=functools.partial(_say, log, split),
         )
-
-
-def _whole(x: Any) -> np.ndarray:
-    """The array on this host."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
 
 
 def _say(log: Callable[[str], None], split: str, line: str) -> None:
@@ -126,7 +115,7 @@ def check_codes(data: DataConfig, frozen: Mapping[str, Any]) -> None:
       ValueError: it was made with another, or is not complete.
     """
     if data.tokens:
-        name = digest(modules(frozen).get("tokenizer", {}))
+        name = digest(to_host(modules(frozen).get("tokenizer", {})))
         for split in ("train", "test"):
             TokenSource(os.path.join(data.tokens, split), tokenizer=name)
 

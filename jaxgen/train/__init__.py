@@ -1,26 +1,34 @@
 """Training: meshes, the jitted update, checkpoints, logging, and the loop over a recipe's stages."""
 
 from jaxgen.train.checkpoint import Checkpoints, load_params, save_params
+from jaxgen.train.distributed import World, find_world, start_world
 from jaxgen.train.evaluation import evaluate
 from jaxgen.train.interrupt import Interrupted
 from jaxgen.train.log import MetricsLog, Progress
 from jaxgen.train.loop import NonFiniteError, RunConfig, StageResult, train
-from jaxgen.train.mesh import batch_sharding, make_mesh, parse_mesh, replicated, shard_batch, shardings
+from jaxgen.train.mesh import batch_sharding, batch_share, make_mesh, parse_mesh, replicated, shard_batch, shardings, to_host
+from jaxgen.train.profile import CompileCache, Profile
 from jaxgen.train.step import TrainState, abstract_state, init_state, make_step
+from jaxgen.train.waiting import saying
 from jaxgen.train.workdir import load_config, save_config
 
 __all__ = [
     "Checkpoints",
+    "CompileCache",
     "Interrupted",
     "MetricsLog",
     "NonFiniteError",
+    "Profile",
     "Progress",
     "RunConfig",
     "StageResult",
     "TrainState",
+    "World",
     "abstract_state",
     "batch_sharding",
+    "batch_share",
     "evaluate",
+    "find_world",
     "init_state",
     "load_config",
     "load_params",
@@ -30,7 +38,10 @@ __all__ = [
     "replicated",
     "save_config",
     "save_params",
+    "saying",
     "shard_batch",
     "shardings",
+    "start_world",
+    "to_host",
     "train",
 ]

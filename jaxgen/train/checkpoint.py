@@ -124,6 +124,9 @@ class Checkpoints:
     def restore(self, abstract: TrainState, data: Any, step: int | None = None) -> TrainState:
         """The training state saved at `step` (the latest by default), placed as `abstract` says; moves `data` to its place.
 
+        The number of processes may have changed since: a data iterator's state says how many batches it has made, and so
+        is the same in all of them.
+
         Raises:
           ValueError: the checkpoint is missing, damaged or does not fit; its path and the parameters are named.
         """
@@ -131,7 +134,7 @@ class Checkpoints:
         reading.check_fit(path, vars(abstract))
         with reading.readable(path):
             step = int(path.name)
-            self._manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(data)))
+            data.set_state(reading.data_state(path))
             state = ocp.args.StandardRestore(abstract)
             return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]
 

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxgen.recipe import Stage
-from jaxgen.train.mesh import replicated, shard_batch
+from jaxgen.train.mesh import batch_share, replicate_batch, shard_batch
 from kernels_pallas import partitioned
 
 __all__ = ["evaluate"]
@@ -37,14 +37,14 @@ def evaluate(
       ValueError: there are no examples.
     """
     key, parts = jax.random.key(0), mesh.shape["data"] * mesh.shape["fsdp"]
-    total, count = {}, 0
-    for index, batch in enumerate(stage.eval_data(jax.process_index(), jax.process_count())):
+    total, count, shares = {}, 0, batch_share(mesh)[1]
+    for index, batch in enumerate(stage.eval_data(*batch_share(mesh))):
         if stop():
             return {}
         size = len(jax.tree.leaves(batch)[0])
         # The last batch may be too small to be split: every device then computes all of it.
-        whole = size % parts and jax.process_count() == 1
-        batch = jax.device_put(batch, replicated(mesh)) if whole else shard_batch(mesh, batch)
+        whole = size * shares % parts
+        batch = replicate_batch(mesh, batch) if whole else shard_batch(mesh, batch)
         metrics = _eval_step(stage.eval_loss, mesh, params, state, batch, jax.random.fold_in(key, index), frozen)
         total = {name: total.get(name, 0.0) + size * value for name, value in metrics.items()}
         count += size

@@ -20,8 +20,10 @@ from jaxgen.train.checkpoint import Checkpoints, load_params
 from jaxgen.train.evaluation import evaluate
 from jaxgen.train.interrupt import Interrupted, signals
 from jaxgen.train.log import MetricsLog, Progress
-from jaxgen.train.mesh import make_mesh, shard_batch, shardings
+from jaxgen.train.mesh import batch_share, make_mesh, shard_batch, shardings
+from jaxgen.train.profile import Profile
 from jaxgen.train.step import TrainState, abstract_state, init_state, make_step
+from jaxgen.train.waiting import saying
 from jaxgen.train.workdir import save_config
 
 __all__ = ["NonFiniteError", "RunConfig", "StageResult", "train"]
@@ -30,6 +32,12 @@ PyTree = Any
 
 # Updates in flight before their metrics are looked at: the devices never wait for the host, and a bad loss is seen soon.
 _IN_FLIGHT = 2
+
+# The first updates of a run are not like the others: caches are cold, and data workers start.
+_PROFILE_AFTER = 10
+
+# A compilation that takes longer says so.
+_COMPILE_S = 30.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,9 @@ class RunConfig:
         saved after an evaluation that is the best so far.
       log_every: updates between rows in `metrics.jsonl`.
       log_every_s: seconds between progress lines.
+      stuck_s: seconds after which an update or an evaluation that is not yet done is reported, again and again.
+      profile: updates to record with JAX's profiler, from the tenth after the start on, into `profile/` of the work directory;
+        0 records none. TensorBoard and Perfetto open the trace.
       tensorboard, wandb: dashboards to write to as well.
     """
 
@@ -53,15 +64,19 @@ class RunConfig:
     eval_every: int = 0
     log_every: int = 10
     log_every_s: float = 5.0
+    stuck_s: float = 300.0
+    profile: int = 0
     tensorboard: bool = False
     wandb: bool = False
 
     def __post_init__(self):
-        for name, least in (("seed", 0), ("save_every", 1), ("keep", 1), ("eval_every", 0), ("log_every", 1)):
+        for name, least in (("seed", 0), ("save_every", 1), ("keep", 1), ("eval_every", 0), ("log_every", 1), ("profile", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
         if not self.log_every_s >= 0:
             raise ValueError(f"log_every_s={self.log_every_s}: expected seconds")
+        if not self.stuck_s > 0:
+            raise ValueError(f"stuck_s={self.stuck_s}: expected seconds above 0")
 
 
 class NonFiniteError(FloatingPointError):
@@ -133,7 +148,7 @@ def train(
                     say(f"{stage.name} is trained: step {step}")
                     done[stage.name] = _load(workdir, stage, mesh, step)
                 else:
-                    training = _Training(stage, mesh, run, frozen, checkpoints, rows, stop, say)
+                    training = _Training(stage, mesh, run, frozen, checkpoints, rows, stop, say, workdir / "profile")
                     done[stage.name] = training.run(key)
     return done
 
@@ -141,19 +156,25 @@ def train(
 class _Training:
     """One stage's loop."""
 
-    def __init__(self, stage, mesh, run, frozen, checkpoints, rows, stop, say):
+    def __init__(self, stage, mesh, run, frozen, checkpoints, rows, stop, say, profile):
         self.stage, self.mesh, self.run_config, self.frozen = stage, mesh, run, frozen
         self.checkpoints, self.rows, self.stop, self.say = checkpoints, rows, stop, say
+        self.profile = Profile(profile, _PROFILE_AFTER, run.profile, say)
         self.last: dict[str, float] = {}
         self.in_flight: deque[tuple[int, dict]] = deque()
 
     def run(self, key: PRNGKeyArray) -> StageResult:
         """Trains to the end, from the last checkpoint if there is one."""
         stage = self.stage
-        with contextlib.closing(iter(stage.data(jax.process_index(), jax.process_count()))) as data:
-            return self._loop(key, data)
+        starting = f"starting {stage.name}"
+        with (
+            contextlib.closing(iter(stage.data(*batch_share(self.mesh)))) as data,
+            saying(starting, every_s=self.run_config.stuck_s, log=self.say) as now,
+            self.profile,
+        ):
+            return self._loop(key, data, now)
 
-    def _loop(self, key: PRNGKeyArray, data: Any) -> StageResult:
+    def _loop(self, key: PRNGKeyArray, data: Any, now: Callable[[str], None]) -> StageResult:
         stage, run = self.stage, self.run_config
         train_state = self._start(key, data)
         step = int(train_state.step)
@@ -161,10 +182,13 @@ class _Training:
         best = self.checkpoints.best_loss()
         update, metrics = None, {}
         while step < stage.steps:
+            now(f"waiting for the data of update {step + 1} of {stage.name}")
             batch = shard_batch(self.mesh, self._next(data, step))
             if update is None:
                 update = self._compile(train_state, batch)
                 self.progress = Progress(stage.name, step, stage.steps, run.log_every_s, self.say)
+            now(f"waiting for update {step + 1} of {stage.name}")
+            self.profile.before_update()
             train_state, row = update(train_state, batch, self.frozen)
             step += 1
             self.in_flight.append((step, row))
@@ -172,12 +196,14 @@ class _Training:
             self.checkpoints.check()
             metrics, end = {}, step == stage.steps
             if run.eval_every and stage.eval_data is not None and (end or step % run.eval_every == 0):
+                now(f"evaluating {stage.name} after update {step}")
                 metrics = self._evaluate(train_state, step)
             better, stop = metrics.get("loss", np.inf) < best, self.stop()
             if better:
                 best = metrics["loss"]
             if end or better or stop or step % run.save_every == 0:
                 self._look(0)
+                now(f"saving {stage.name} after update {step}")
                 self.checkpoints.save(step, train_state, data, metrics)
             if stop:
                 self.checkpoints.wait()
@@ -222,7 +248,8 @@ class _Training:
         size = sum(x.size for x in jax.tree.leaves(train_state.params))
         self.say(f"{self.stage.name}: compiling the step ({size:,} parameters, mesh {dict(self.mesh.shape)})")
         start = time.monotonic()
-        update = make_step(self.stage, self.mesh, self.frozen).lower(train_state, batch, self.frozen).compile()
+        with saying(f"compiling the step of {self.stage.name}", every_s=_COMPILE_S, log=self.say):
+            update = make_step(self.stage, self.mesh, self.frozen).lower(train_state, batch, self.frozen).compile()
         self.say(f"{self.stage.name}: compiled in {time.monotonic() - start:.1f} s")
         return update
 

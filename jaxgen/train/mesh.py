@@ -13,10 +13,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["AXES", "batch_sharding", "make_mesh", "parse_mesh", "path_name", "replicated", "shard_batch", "shardings"]
+__all__ = [
+    "AXES",
+    "batch_share",
+    "batch_sharding",
+    "make_mesh",
+    "parse_mesh",
+    "path_name",
+    "replicate_batch",
+    "replicated",
+    "shard_batch",
+    "shardings",
+    "to_host",
+]
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -123,12 +136,41 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)))
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """`(index, count)`: which part of each batch this process feeds, and how many parts there are.
+
+    Processes that hold different rows of a batch feed different parts; where `tensor` spans processes, those that hold the
+    same rows feed the same part.
+
+    Raises:
+      ValueError: the rows of two processes overlap without being the same.
+    """
+    shares = _shares(mesh)
+    return sorted(set(shares.values())).index(shares[jax.process_index()]), len(set(shares.values()))
+
+
+def _shares(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Process -> the places along `data` and `fsdp` that its devices have."""
+    rows = np.moveaxis(mesh.devices, [mesh.axis_names.index(axis) for axis in ("data", "fsdp") if axis in mesh.shape], [0, 1])
+    rows = rows.reshape(mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1), -1)
+    places: dict[int, set[int]] = {}
+    for place, devices in enumerate(rows):
+        for device in devices:
+            places.setdefault(device.process_index, set()).add(place)
+    shares = {process: tuple(sorted(places)) for process, places in places.items()}
+    kinds = set(shares.values())
+    if sum(map(len, kinds)) != len(rows) or len({len(kind) for kind in kinds}) > 1:
+        raise ValueError(f"mesh {dict(mesh.shape)}: processes hold overlapping parts of a batch: {shares}")
+    return shares
+
+
 def shard_batch(mesh: Mesh, batch: PyTree) -> PyTree:
-    """This process's part of a batch, as arrays over the whole mesh.
+    """This process's part of a batch (see `batch_share`), as arrays over the whole mesh.
 
     Args:
       mesh: the devices.
-      batch: arrays `[b, ...]` on the host, b the same in every process; the global batch has b * process_count examples.
+      batch: arrays `[b, ...]` on the host, b the same in every process; the global batch has as many times b examples as
+        there are parts.
 
     Raises:
       ValueError: the arrays differ in b, or the devices along `data` and `fsdp` do not divide the global batch.
@@ -137,8 +179,31 @@ def shard_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     sizes = {path_name(path): np.shape(x)[:1] for path, x in jax.tree_util.tree_leaves_with_path(batch)}
     if len(set(sizes.values())) != 1 or () in sizes.values():
         raise ValueError(f"the arrays of a batch differ in their leading axis: {sizes}")
-    size = next(iter(sizes.values()))[0] * jax.process_count()
+    count = batch_share(mesh)[1]
+    size = next(iter(sizes.values()))[0] * count
     parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
     if size % parts:
         raise ValueError(f"a batch of {size} examples cannot be split over data*fsdp={parts} devices")
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
+
+    return jax.tree.map(place, batch)
+
+
+def replicate_batch(mesh: Mesh, batch: PyTree) -> PyTree:
+    """The whole batch on every device, from each process's part `[b, ...]` of it, b of any size but the same everywhere."""
+    if jax.process_count() > 1:
+        shares = _shares(mesh)
+        first = [min(p for p in shares if shares[p] == share) for share in sorted(set(shares.values()))]
+        parts = multihost_utils.process_allgather(batch)
+        batch = jax.tree.map(lambda x: np.concatenate(np.asarray(x)[first]), parts)
+    return jax.device_put(batch, replicated(mesh))
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Arrays that may lie on the devices of many processes, as NumPy arrays in each of them."""
+    if all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))

@@ -22,6 +22,7 @@ from jaxgen.train.mesh import path_name
 __all__ = [
     "check_files",
     "check_fit",
+    "data_state",
     "directory",
     "eval_loss",
     "find",
@@ -137,6 +138,21 @@ def _table(tree: PyTree) -> dict[str, str]:
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         table[path_name(path)] = f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
     return table
+
+
+def data_state(path: Path) -> Any:
+    """The state of the data iterator that grain saved in the checkpoint at `path`, which every process wrote.
+
+    Raises:
+      ValueError: there is none, or processes differ.
+    """
+    with readable(path):
+        states = [json.loads(file.read_text()) for file in sorted((path / "data").glob("process_*-of-*.json"))]
+        if not states:
+            raise ValueError("it holds no state of the data")
+        if any(state != states[0] for state in states):
+            raise ValueError(f"its processes had come to different places in the data: {states}")
+        return states[0]
 
 
 def check_files(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Oracle: the images, encoded one by one with the crops that the cache says were seen."""
 
 import collections
+import concurrent.futures
 import json
 import pickle
 
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxgen.data import ArraySource, DataConfig
-from jaxgen.data import token_cache as module
 from jaxgen.data.token_cache import TokenSource, digest, token_batches, write_tokens
 from jaxgen.data.transforms import to_channels
 
@@ -147,9 +147,11 @@ def test_what_does_not_fit_is_named(tmp_path):
     write(tmp_path / "b")
     with pytest.raises(ValueError, match="tokens of a tokenizer abc, and not of this one, xyz"):
         TokenSource(str(tmp_path / "b"), tokenizer="xyz")
-    (tmp_path / "b" / "tokens-00002.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match="tokens-00002.npy: damaged.*remove it and go on"):
-        TokenSource(str(tmp_path / "b"))[12]
+    for number in (2, 0):
+        path = tmp_path / "b" / f"tokens-{number:05d}.npy"
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=f"tokens-{number:05d}.npy: damaged.*remove it and go on"):
+            TokenSource(str(tmp_path / "b"))[5 * number]
     about = json.loads((tmp_path / "b" / "index.json").read_text())
     (tmp_path / "b" / "index.json").write_text(json.dumps(about | {"version": 0}))
     with pytest.raises(ValueError, match="version 0; this program reads version 1"):
@@ -172,12 +174,12 @@ def test_continuous_tokens_and_large_vocabularies_keep_their_type(tmp_path):
 
 
 def test_batches_show_every_example_and_in_training_all_its_views(tmp_path):
-    source = TokenSource(str(write(tmp_path)))
+    source = TokenSource(str(write(tmp_path, source=numbered(12))))
     hosts = [iter(token_batches(source, batch_size=4, train=True, seed=1, shard_index=i, shard_count=2)) for i in range(2)]
     found, views = collections.Counter(), collections.defaultdict(set)
-    where = {tuple(t): (i, v) for i in range(N) for v, t in enumerate(source[i]["tokens"].tolist())}
-    distinct = {i: len({tuple(t) for t in source[i]["tokens"].tolist()}) for i in range(N)}  # the same crop may be drawn twice
-    for _ in range(30 * N // 4):
+    where = {tuple(t): (i, v) for i in range(12) for v, t in enumerate(source[i]["tokens"].tolist())}
+    distinct = {i: len({tuple(t) for t in source[i]["tokens"].tolist()}) for i in range(12)}  # the same crop may be drawn twice
+    for _ in range(30 * 12 // 4):
         for host in hosts:
             batch = next(host)
             assert batch["tokens"].dtype == np.int32 and batch["tokens"].shape == (2, 4) and batch["view"].shape == (2, 3)
@@ -187,9 +189,9 @@ def test_batches_show_every_example_and_in_training_all_its_views(tmp_path):
                 np.testing.assert_array_equal(view, source[i]["view"][v])
                 found[i] += 1
                 views[i].add(v)
-    assert set(found.values()) <= {29, 30} and {i: len(seen) for i, seen in views.items()} == distinct
+    assert set(found.values()) == {30} and {i: len(seen) for i, seen in views.items()} == distinct
     one = list(token_batches(source, batch_size=8, train=False))
-    first = sorted(source[i]["tokens"][0].tolist() for i in range(N))
+    first = sorted(source[i]["tokens"][0].tolist() for i in range(12))
     assert sorted(np.concatenate([batch["tokens"] for batch in one]).tolist()) == first
     state = hosts[0].get_state()
     want = next(hosts[0])
@@ -199,12 +201,18 @@ def test_batches_show_every_example_and_in_training_all_its_views(tmp_path):
     np.testing.assert_array_equal(next(again)["tokens"], want["tokens"])
 
 
-def test_shards_are_mapped_and_not_read(tmp_path, monkeypatch):
-    opened = []
-    load = np.load
-    source = TokenSource(str(write(tmp_path)))
-    monkeypatch.setattr(module.np, "load", lambda path, **k: opened.append(path) or load(path, **k))
-    assert isinstance(source[7]["tokens"], np.memmap) and len(opened) == 3
+def test_shards_are_mapped_and_not_read(tmp_path):
+    example = TokenSource(str(write(tmp_path)))[7]
+    assert isinstance(example["tokens"], np.memmap) and isinstance(example["view"], np.memmap)
+
+
+def test_many_threads_may_be_the_first_to_look(tmp_path):
+    """Python 3.11's `ast`, by which numpy reads headers, fails in threads."""
+    write(tmp_path, source=numbered(12), per_shard=1, views=1)
+    source = pickle.loads(pickle.dumps(TokenSource(str(tmp_path))))
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        labels = list(pool.map(lambda i: source[i]["label"], range(12)))
+    assert labels == [i % 5 for i in range(12)]
 
 
 def test_a_digest_is_of_names_shapes_types_and_values():

@@ -399,3 +399,19 @@ def test_time_between_progress_lines(tmp_path, mesh):
     assert time.monotonic() - start < 1000
     assert [line for line in lines if "/20  loss" in line] == [line for line in lines if "20/20  loss" in line]
     assert [row["step"] for row in rows(tmp_path)] == [10, 20]  # every `log_every`
+
+
+def test_what_is_stuck_is_reported(tmp_path, mesh):
+    def slow(shard_index, shard_count):
+        inner = source()(shard_index, shard_count)
+        return inner.map(lambda batch: (time.sleep(0.3), batch)[1])
+
+    lines = []
+    train(make_recipe(make_stage("first", 2, data=slow)), tmp_path, mesh=mesh, run=RunConfig(stuck_s=0.1), log=lines.append)
+    assert any(line.startswith("still waiting for the data of update 1 of first (") for line in lines)
+
+
+@pytest.mark.parametrize("field,value", [("stuck_s", 0.0), ("profile", -1)])
+def test_run_config_names_what_is_out_of_range(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        RunConfig(**{field: value})

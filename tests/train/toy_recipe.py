@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from jaxgen.data.shards import share
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train import Interrupted, RunConfig, train
 
@@ -37,6 +38,18 @@ def source(size=64, batch=8, shuffle=True, repeat=True, bad=None):
         examples = examples.map(lambda i: example(i, bad))
         examples = examples.repeat() if repeat else examples
         return examples.batch(batch).to_iter_dataset()
+
+    return data
+
+
+def shared_source(size=64, batch=8, repeat=True, bad=None):
+    """`data` of a Stage whose global batches are the same for any number of hosts."""
+
+    def data(shard_index, shard_count):
+        examples = grain.MapDataset.range(size).shuffle(seed=7)
+        examples = examples.repeat() if repeat else examples
+        examples = share(examples, batch, shard_index, shard_count).map(lambda i: example(i, bad))
+        return examples.batch(batch // shard_count).to_iter_dataset()
 
     return data
 
