@@ -33,7 +33,7 @@ def made(randomize, tmp_path_factory):
     config, folder, lines = smoke(var), tmp_path_factory.mktemp("tokens"), []
     params = random_stages(config, randomize)
     cache_tokens(config, params, folder, batch_size=50, per_shard=700, log=lines.append)
-    assert lines == ["train: encoded 3 of 3 shards of 700 images", "test: encoded 1 of 1 shards of 700 images"]
+    assert {"train: encoded 3 of 3 shards of 700 images", "test: encoded 1 of 1 shards of 700 images"} <= set(lines)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokens=str(folder))), params, folder
 
 
