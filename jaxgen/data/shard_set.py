@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,9 @@ def _indexed(form: ShardFormat, paths: tuple[str, ...], skip_bad: bool, cache: P
 def _build(form: ShardFormat, paths: tuple[str, ...], skip_bad: bool, index: Path, note: Path, log_every_s: float) -> None:
     """Writes the index of some shards, one shard in memory at a time."""
     index.parent.mkdir(parents=True, exist_ok=True)
-    temporary = index.with_name(f"{index.name}.{os.getpid()}.tmp")
+    # Hosts may share the cache folder.
+    mark = uuid.uuid4().hex
+    temporary = index.with_name(f"{index.name}.{mark}.tmp")
     about = {"examples": 0, "classes": 1, "labelled": 0, "problems": [], "first": None}
     last = time.monotonic()
     try:
@@ -249,7 +252,7 @@ def _build(form: ShardFormat, paths: tuple[str, ...], skip_bad: bool, index: Pat
         os.replace(temporary, index)
     finally:
         temporary.unlink(missing_ok=True)
-    written = note.with_name(f"{note.name}.{os.getpid()}.tmp")
+    written = note.with_name(f"{note.name}.{mark}.tmp")
     written.write_text(json.dumps(about))
     os.replace(written, note)
 
