@@ -5,7 +5,7 @@
 
 from jaxgen.data.folder import FileSource, folder
 from jaxgen.data.loader import DataConfig, batches, info, make_source, read_image
-from jaxgen.data.shard_set import ShardSource, shards
+from jaxgen.data.shard_set import ShardSource, shard_source
 from jaxgen.data.sources import ArraySource, EncodedSource, Source, digits, npz
 from jaxgen.data.tar_shards import write_tar
 from jaxgen.data.throughput import Throughput, input_rate
@@ -36,7 +36,7 @@ __all__ = [
     "npz",
     "pixels",
     "read_image",
-    "shards",
+    "shard_source",
     "to_uint8",
     "token_batches",
     "write_tar",

@@ -16,7 +16,7 @@ from absl import flags
 from jaxtyping import Array, Float
 
 from jaxgen.data.folder import folder, leave_out_unreadable, stamp
-from jaxgen.data.shard_set import ShardSource, find_shards, shards
+from jaxgen.data.shard_set import ShardSource, find_shards, shard_source
 from jaxgen.data.shards import READ, check_shards, one_pass, share
 from jaxgen.data.sources import ArraySource, EncodedSource, Example, Source, check_split, decode, digits, npz
 from jaxgen.data.transforms import Preprocess, pixels
@@ -33,7 +33,7 @@ class DataConfig:
     Attributes:
       path: "digits" for scikit-learn's handwritten digits, "world" for coloured shapes (one in each picture, drawn at
         `image_size`, see `world.World`), an `.npz` file (see `sources.npz`), shards (tar, parquet or ArrayRecord files: one, a
-        pattern with `*`, or a folder of them, see `shard_set.shards`), or a folder of images (see `folder.folder`; one that is
+        pattern with `*`, or a folder of them, see `shard_set.shard_source`), or a folder of images (see `folder.folder`; one that is
         called digits is "./digits").
       image_size: side of the squares that a model sees; 0 keeps images as they are, which must then have one size (the world's
         is 32).
@@ -125,7 +125,7 @@ def _npz(path: str, split: str, skip_bad: bool, stamp: tuple[int, int]) -> Array
 
 @functools.lru_cache(maxsize=2)
 def _shards(path: str, split: str, skip_bad: bool, stamps: tuple[tuple[int, int], ...]) -> ShardSource:
-    source = shards(path, split, skip_bad=skip_bad)
+    source = shard_source(path, split, skip_bad=skip_bad)
     return leave_out_unreadable(source) if skip_bad else source
 
 

@@ -30,7 +30,7 @@ from jaxgen.data.shard_rows import NO_LABEL, ROW, Row, ShardFormat
 from jaxgen.data.sources import Example, check_split, decode
 from jaxgen.data.tar_shards import TarShards
 
-__all__ = ["HeldOut", "ShardSource", "find_shards", "shards"]
+__all__ = ["HeldOut", "ShardSource", "find_shards", "shard_source"]
 
 FORMATS: tuple[ShardFormat, ...] = (TarShards(), ParquetShards(), ArrayRecordShards())
 FOLDERS = ("data", "train", "val", "validation", "test")
@@ -153,7 +153,7 @@ def _split_of(name: str, root: str) -> str | None:
     return next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
-def shards(
+def shard_source(
     path: str, split: str, *, skip_bad: bool = False, cache: str | os.PathLike | None = None, log_every_s: float = 5.0
 ) -> ShardSource | None:
     """The images in shards, or None where `path` names none.

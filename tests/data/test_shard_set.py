@@ -16,7 +16,7 @@ from jaxgen.data import ArraySource, DataConfig, batches, make_source
 from jaxgen.data import shard_set as shard_set_module
 from jaxgen.data.array_records import read_example, write_example
 from jaxgen.data.shard_rows import ROW
-from jaxgen.data.shard_set import HeldOut, ShardSource, find_shards, shards
+from jaxgen.data.shard_set import HeldOut, ShardSource, find_shards, shard_source
 from jaxgen.data.tar_shards import TarShards, write_tar
 
 
@@ -99,7 +99,7 @@ def test_what_is_written_comes_back(write, tmp_path):
     assert_same(pickle.loads(pickle.dumps(source)), train)
     # One file, and a pattern.
     assert len(make_source(DataConfig(path=paths[2]), "train")) == 3
-    assert len(shards(str(tmp_path / "set" / "train-*"), "train")) == 21  # a tenth is held out
+    assert len(shard_source(str(tmp_path / "set" / "train-*"), "train")) == 21  # a tenth is held out
 
 
 def test_batches_from_shards_are_those_of_the_array(write, tmp_path):
@@ -175,18 +175,18 @@ def test_held_out_numbers(split):
 
 def test_a_changed_shard_is_indexed_anew(tmp_path):
     write_tar(numbered(12), tmp_path, per_shard=20)
-    assert len(shards(str(tmp_path), "train")) == 11
+    assert len(shard_source(str(tmp_path), "train")) == 11
     write_tar(numbered(25), tmp_path, per_shard=30)
-    assert len(shards(str(tmp_path), "train")) == 22
+    assert len(shard_source(str(tmp_path), "train")) == 22
 
 
 def test_an_index_is_made_once(tmp_path, monkeypatch):
     write_tar(numbered(12), tmp_path, per_shard=5)
-    shards(str(tmp_path), "train")
+    shard_source(str(tmp_path), "train")
     monkeypatch.setattr(TarShards, "index", None)
-    assert len(shards(str(tmp_path), "test")) == 1
+    assert len(shard_source(str(tmp_path), "test")) == 1
     with pytest.raises(TypeError):
-        shards(str(tmp_path), "train", cache=tmp_path / "elsewhere")
+        shard_source(str(tmp_path), "train", cache=tmp_path / "elsewhere")
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
@@ -236,7 +236,7 @@ def test_building_an_index_holds_one_shard_at_a_time(tmp_path, monkeypatch):
             (folder / f"train-{i}.tar").touch()
             (folder / f"val-{i}.tar").touch()
         tracemalloc.start()
-        assert len(shards(str(folder), "train")) == 2000 * count
+        assert len(shard_source(str(folder), "train")) == 2000 * count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
@@ -258,7 +258,7 @@ def test_labels_in_json_and_files_that_are_passed_over(tmp_path):
             add(archive, f"part/{i}.txt", b"a caption")
         add(archive, "readme.txt", b"no example")
     (tmp_path / "test.tar").write_bytes((tmp_path / "train.tar").read_bytes())
-    source = shards(str(tmp_path), "train")
+    source = shard_source(str(tmp_path), "train")
     assert [x["label"] for x in map(source.__getitem__, range(3))] == [0, 2, 4] and source.num_classes == 5
     np.testing.assert_array_equal(source[2]["image"], images[2])
 
@@ -273,7 +273,7 @@ def test_labels_in_json_and_files_that_are_passed_over(tmp_path):
             add(archive, f"{i}.png", png(images[0]))
         add(archive, "11.cls", b"1")
     with pytest.raises(ValueError, match="11 of 12 images .* have no label"):
-        shards(str(tmp_path / "bad.tar"), "train")
+        shard_source(str(tmp_path / "bad.tar"), "train")
 
 
 @pytest.mark.parametrize("cut", [100, 512, 700, -1024])
@@ -297,7 +297,7 @@ def test_a_header_that_is_overwritten(tmp_path):
 
 
 def test_paths_that_hold_no_shards_or_too_many_kinds(tmp_path):
-    assert find_shards(str(tmp_path)) is None and shards(str(tmp_path), "train") is None
+    assert find_shards(str(tmp_path)) is None and shard_source(str(tmp_path), "train") is None
     (tmp_path / "a.parquet").touch()
     (tmp_path / "b.tar").touch()
     with pytest.raises(ValueError, match="shards of several formats"):
@@ -308,7 +308,7 @@ def test_paths_that_hold_no_shards_or_too_many_kinds(tmp_path):
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "val-0.tar").touch()
     with pytest.raises(ValueError, match="none for training"):
-        shards(str(tmp_path / "only"), "train")
+        shard_source(str(tmp_path / "only"), "train")
     with pytest.raises(ValueError, match=r"no such file"):
         make_source(DataConfig(path=str(tmp_path / "*.nothing")), "train")
     with pytest.raises(ValueError, match="per_shard=0"):
@@ -322,7 +322,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: _refuse(name) or real(name, *a, **k))
     (tmp_path / "a.parquet").touch()
     with pytest.raises(ValueError, match=r"pyarrow: pip install 'jaxgen\[parquet\]'"):
-        shards(str(tmp_path), "train")
+        shard_source(str(tmp_path), "train")
 
 
 def _refuse(name):
@@ -340,7 +340,7 @@ def test_parquet_of_plain_bytes_and_of_other_columns(tmp_path):
     ):
         parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
         with pytest.raises(ValueError, match=match):
-            shards(str(tmp_path / f"{name}.parquet"), "train")[0]
+            shard_source(str(tmp_path / f"{name}.parquet"), "train")[0]
 
 
 def test_examples_in_the_wire_format():
@@ -367,12 +367,12 @@ def test_array_records_of_something_else(tmp_path):
         writer.write(record)
         writer.close()
         with pytest.raises(ValueError, match=match):
-            shards(str(tmp_path / f"{name}.array_record"), "train")
+            shard_source(str(tmp_path / f"{name}.array_record"), "train")
 
 
 def test_progress_of_a_first_look(tmp_path, caplog):
     write_tar(numbered(6), tmp_path, per_shard=2)
     with caplog.at_level(logging.INFO, logger=shard_set_module.__name__):
-        shards(str(tmp_path), "train", log_every_s=0)
+        shard_source(str(tmp_path), "train", log_every_s=0)
     assert "indexed 3 of 3 shards, 6 examples" in caplog.text
     assert collections.Counter(find_shards(str(tmp_path))[1]).most_common(1)[0][1] == 1
