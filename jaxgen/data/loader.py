@@ -33,8 +33,8 @@ class DataConfig:
     Attributes:
       path: "digits" for scikit-learn's handwritten digits, "world" for coloured shapes (one in each picture, drawn at
         `image_size`, see `world.World`), an `.npz` file (see `sources.npz`), shards (tar, parquet or ArrayRecord files: one, a
-        pattern with `*`, or a folder of them, see `shard_set.shard_source`), or a folder of images (see `folder.folder`; one that is
-        called digits is "./digits").
+        pattern with `*`, or a folder of them, see `shard_set.shard_source`), or a folder of images (see `folder.folder`; one
+        that is called digits is "./digits").
       image_size: side of the squares that a model sees; 0 keeps images as they are, which must then have one size (the world's
         is 32).
       channels: 1 or 3; images are converted.

@@ -10,7 +10,9 @@ import pytest
 from configs import cspd, flexvar, var
 from jaxgen.data import digits
 from jaxgen.data.token_cache import TokenSource
+from jaxgen.recipes import token_cache
 from jaxgen.recipes.token_cache import cache_tokens, check_codes
+from jaxgen.train import save_params, train
 
 
 def smoke(module, folder=""):
@@ -93,3 +95,18 @@ def test_continuous_tokens(randomize, tmp_path):
     params, _ = jax.eval_shape(stage.init, jax.random.key(0), {})
     shapes = jax.eval_shape(stage.eval_loss, params, (), batch, jax.random.key(0), {})
     assert shapes["loss"].shape == ()
+
+
+@pytest.mark.slow  # a training, however short, compiles its steps
+def test_training_from_a_cache_never_decodes_an_image(made, tmp_path, monkeypatch):
+    config, params, _ = made
+    config = dataclasses.replace(
+        config,
+        tokenizer_train=dataclasses.replace(config.tokenizer_train, steps=0),
+        model_train=dataclasses.replace(config.model_train, steps=3),
+        classifier=dataclasses.replace(config.classifier, steps=0),
+    )
+    save_params(tmp_path, "tokenizer", params["tokenizer"])
+    monkeypatch.setattr(token_cache, "image_batches", None)
+    done = train(config.recipe(), tmp_path, log=lambda line: None)
+    assert done["generator"].step == 3 and np.isfinite(done["generator"].metrics["loss"])
