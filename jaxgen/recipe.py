@@ -40,6 +40,8 @@ class Stage:
       accumulate: micro-batches per update; the batch is split on its first axis.
       rules: sharding table, `(path regex, PartitionSpec)` pairs, first match wins; parameters that match none are replicated.
       notes: said when the stage starts: what a user should know, such as a loss that is missing.
+      check: `(frozen) -> None`, called once before the first update: raises ValueError where what earlier stages learnt does not
+        fit the stage's data (a token cache of another tokenizer).
     """
 
     name: str
@@ -56,6 +58,7 @@ class Stage:
     accumulate: int = 1
     rules: tuple = ()
     notes: tuple[str, ...] = ()
+    check: Callable[[Mapping[str, PyTree]], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

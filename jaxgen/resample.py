@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["area_matrix", "bicubic_matrix", "bilinear_matrix", "resize"]
+__all__ = ["area_matrix", "bicubic_matrix", "bilinear_corners_matrix", "bilinear_matrix", "resize"]
 
 
 def _taps(n_in: int, n_out: int, offsets: range, weight) -> np.ndarray:
@@ -47,6 +47,22 @@ def bilinear_matrix(n_in: int, n_out: int) -> np.ndarray:
 
 
 @functools.cache
+def bilinear_corners_matrix(n_in: int, n_out: int) -> np.ndarray:
+    """[n_out, n_in] linear interpolation at i n_in / n_out, clamped borders: `tf.image.resize_bilinear` of TensorFlow 1.
+
+    Places are computed in float32, as TensorFlow does, so that the weights are its own.
+    """
+    place = np.arange(n_out, dtype=np.float32) * np.float32(n_in / n_out)
+    low = np.minimum(place.astype(int), n_in - 1)
+    share = (place - low).astype(np.float64)
+    out = np.zeros((n_out, n_in))
+    rows = np.arange(n_out)
+    np.add.at(out, (rows, low), 1 - share)
+    np.add.at(out, (rows, np.minimum(low + 1, n_in - 1)), share)
+    return out
+
+
+@functools.cache
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     """[n_out, n_in] means over the bins [floor(i n_in / n_out), ceil((i + 1) n_in / n_out))."""
     out = np.zeros((n_out, n_in))
@@ -56,7 +72,12 @@ def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     return out
 
 
-_MATRIX = {"area": area_matrix, "bicubic": bicubic_matrix, "bilinear": bilinear_matrix}
+_MATRIX = {
+    "area": area_matrix,
+    "bicubic": bicubic_matrix,
+    "bilinear": bilinear_matrix,
+    "bilinear_corners": bilinear_corners_matrix,
+}
 
 
 def resize(x: Float[Array, "b h w c"], size: tuple[int, int], method: str) -> Float[Array, "b H W c"]:
@@ -65,7 +86,7 @@ def resize(x: Float[Array, "b h w c"], size: tuple[int, int], method: str) -> Fl
     Args:
       x: images or feature maps.
       size: the new height and width.
-      method: "area", "bicubic" or "bilinear".
+      method: "area", "bicubic", "bilinear" or "bilinear_corners".
 
     Raises:
       ValueError: an unknown method, or integers, on which the weights would round to 0.

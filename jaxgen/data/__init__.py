@@ -5,7 +5,11 @@
 
 from jaxgen.data.folder import FileSource, folder
 from jaxgen.data.loader import DataConfig, batches, info, make_source, read_image
+from jaxgen.data.shard_set import ShardSource, shard_source
 from jaxgen.data.sources import ArraySource, EncodedSource, Source, digits, npz
+from jaxgen.data.tar_shards import write_tar
+from jaxgen.data.throughput import Throughput, input_rate
+from jaxgen.data.token_cache import TokenSource, digest, token_batches, write_tokens
 from jaxgen.data.transforms import Preprocess, pixels, to_uint8
 from jaxgen.data.world import World
 from jaxgen.data.world_scene import WorldConfig
@@ -16,16 +20,25 @@ __all__ = [
     "EncodedSource",
     "FileSource",
     "Preprocess",
+    "ShardSource",
     "Source",
+    "Throughput",
+    "TokenSource",
     "World",
     "WorldConfig",
     "batches",
+    "digest",
     "digits",
     "folder",
     "info",
+    "input_rate",
     "make_source",
     "npz",
     "pixels",
     "read_image",
+    "shard_source",
     "to_uint8",
+    "token_batches",
+    "write_tar",
+    "write_tokens",
 ]

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from jaxgen.data.sources import EncodedSource, Example, check_split, decode, held_out
+from jaxgen.data.sources import EncodedImages, Example, check_split, decode, held_out
 
-__all__ = ["FileSource", "folder", "leave_out_unreadable"]
+__all__ = ["FileSource", "folder", "leave_out_unreadable", "stamp"]
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TRAIN, HELD_OUT = "train", ("val", "test")  # "val" first: ImageNet's "test" has no labels
@@ -152,7 +152,7 @@ def _scan(base: Path, classes: list[str] | None = None) -> FileSource:
     )
 
 
-def leave_out_unreadable(source: FileSource | EncodedSource) -> FileSource | EncodedSource:
+def leave_out_unreadable(source: EncodedImages) -> EncodedImages:
     """`source` without the images that cannot be decoded; each is named, and all are counted, in warnings of the log.
 
     Every image is read once, JPEGs at an eighth of their size, with one thread a core. Files that have not changed
@@ -162,7 +162,7 @@ def leave_out_unreadable(source: FileSource | EncodedSource) -> FileSource | Enc
       ValueError: no image can be read.
     """
     if isinstance(source, FileSource):
-        stamps = tuple(_stamp(source.name(i)) for i in range(len(source)))
+        stamps = tuple(stamp(source.name(i)) for i in range(len(source)))
         problems = _file_problems(source.root, source.files, stamps)
     else:
         problems = _find_problems(source)
@@ -171,7 +171,7 @@ def leave_out_unreadable(source: FileSource | EncodedSource) -> FileSource | Enc
     return source.subset(np.setdiff1d(np.arange(len(source)), list(problems))) if problems else source
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def stamp(path: str) -> tuple[int, int]:
     """What changes when a file does."""
     try:
         stat = os.stat(path)
@@ -187,7 +187,7 @@ def _file_problems(root: str, files: tuple[str, ...], stamps: tuple[tuple[int, i
     return _find_problems(FileSource(root=root, files=files, labels=labels, num_classes=1))
 
 
-def _find_problems(source: FileSource | EncodedSource) -> dict[int, str]:
+def _find_problems(source: EncodedImages) -> dict[int, str]:
     """Which images cannot be read, and why; in warnings of the log too."""
     starts = range(0, len(source), CHUNK)
     problems, last = {}, time.monotonic()
@@ -204,7 +204,7 @@ def _find_problems(source: FileSource | EncodedSource) -> dict[int, str]:
     return problems
 
 
-def _problems(source: FileSource | EncodedSource, start: int) -> dict[int, str]:
+def _problems(source: EncodedImages, start: int) -> dict[int, str]:
     """What is wrong with which of the `CHUNK` images from `start` on."""
     found = {}
     for i in range(start, min(start + CHUNK, len(source))):

@@ -7,7 +7,7 @@ import functools
 import math
 import multiprocessing.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -15,14 +15,15 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float
 
-from jaxgen.data.folder import folder, leave_out_unreadable
+from jaxgen.data.folder import folder, leave_out_unreadable, stamp
+from jaxgen.data.shard_set import ShardSource, find_shards, shard_source
 from jaxgen.data.shards import READ, check_shards, one_pass, share
 from jaxgen.data.sources import ArraySource, EncodedSource, Example, Source, check_split, decode, digits, npz
 from jaxgen.data.transforms import Preprocess, pixels
 from jaxgen.data.world import World
 from jaxgen.data.world_scene import WorldConfig
 
-__all__ = ["DataConfig", "batches", "info", "make_source", "read_image"]
+__all__ = ["DataConfig", "batches", "info", "make_source", "read_image", "stream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +32,20 @@ class DataConfig:
 
     Attributes:
       path: "digits" for scikit-learn's handwritten digits, "world" for coloured shapes (one in each picture, drawn at
-        `image_size`, see `world.World`), an `.npz` file (see `sources.npz`), or a folder of images (see `folder.folder`; one that
-        is called digits is "./digits").
+        `image_size`, see `world.World`), an `.npz` file (see `sources.npz`), shards (tar, parquet or ArrayRecord files: one, a
+        pattern with `*`, or a folder of them, see `shard_set.shard_source`), or a folder of images (see `folder.folder`; one
+        that is called digits is "./digits").
       image_size: side of the squares that a model sees; 0 keeps images as they are, which must then have one size (the world's
         is 32).
       channels: 1 or 3; images are converted.
       flip: mirror half of the training images.
       mid_scale: the shorter side is resized to round(mid_scale * image_size) before the crop, which is random in
         training and central otherwise. VAR was trained with 1.125.
-      skip_bad: leave out images that cannot be decoded; otherwise the first one met is an error.
+      skip_bad: leave out damaged shards, and images that cannot be decoded; otherwise the first one met is an error.
       seed: of order, crops and flips.
       workers: processes that make batches; 0 makes them in this process. The batches are the same.
+      tokens: a token cache of these images (see `token_cache.write_tokens`), in its folders `train` and `test`: generators are
+        trained from it. Empty encodes the images in every step.
 
     Raises:
       ValueError: a field out of range.
@@ -55,6 +59,7 @@ class DataConfig:
     skip_bad: bool = False
     seed: int = 0
     workers: int = 0
+    tokens: str = ""
 
     def __post_init__(self):
         def check(field: str, ok: bool, expected: str) -> None:
@@ -62,6 +67,7 @@ class DataConfig:
                 raise ValueError(f"data.{field}={getattr(self, field)!r}: must be {expected}")
 
         check("path", isinstance(self.path, str) and bool(self.path), "a path, 'digits' or 'world'")
+        check("tokens", isinstance(self.tokens, str), "a path")
         for field in ("image_size", "seed", "workers"):
             check(field, _is_int(getattr(self, field)) and getattr(self, field) >= 0, "an integer >= 0")
         check("channels", _is_int(self.channels) and self.channels in (1, 3), "1 or 3")
@@ -97,15 +103,17 @@ def make_source(config: DataConfig, split: str) -> Source:
     if path == "world":
         side = config.image_size or WorldConfig.height
         return World(WorldConfig(height=side, width=side), split)
+    found = find_shards(path)
+    if found is not None:
+        return _shards(path, split, config.skip_bad, tuple(stamp(name) for name in found[1]))
     if os.path.isdir(path):
         source = folder(path, split)
         return leave_out_unreadable(source) if config.skip_bad else source
     if not os.path.exists(path):
         raise ValueError(f"data.path={path!r}: no such file or folder")
     if not path.lower().endswith(".npz"):
-        raise ValueError(f"data.path={path!r}: neither an .npz file nor a folder")
-    stat = os.stat(path)
-    return _npz(path, split, config.skip_bad, (stat.st_mtime_ns, stat.st_size))
+        raise ValueError(f"data.path={path!r}: neither an .npz file, nor shards, nor a folder")
+    return _npz(path, split, config.skip_bad, stamp(path))
 
 
 # A run opens its data once for each stage; they share one copy while the file stays as it is.
@@ -113,6 +121,12 @@ def make_source(config: DataConfig, split: str) -> Source:
 def _npz(path: str, split: str, skip_bad: bool, stamp: tuple[int, int]) -> ArraySource | EncodedSource:
     source = npz(path, split)
     return leave_out_unreadable(source) if skip_bad and isinstance(source, EncodedSource) else source
+
+
+@functools.lru_cache(maxsize=2)
+def _shards(path: str, split: str, skip_bad: bool, stamps: tuple[tuple[int, int], ...]) -> ShardSource:
+    source = shard_source(path, split, skip_bad=skip_bad)
+    return leave_out_unreadable(source) if skip_bad else source
 
 
 def info(config: DataConfig) -> dict[str, Any]:
@@ -176,30 +190,59 @@ def batches(
       >>> next(it)["image"].shape
       (8, 8, 8, 1)
     """
+    fields = ("channels", "image_size", "mid_scale", "flip")
+    preprocess = Preprocess(train=train, **{field: getattr(config, field) for field in fields})
+    source = source if config.image_size or not len(source) else _OneSize(source)
+    part = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
+    return stream(source, preprocess, random=preprocess.random, seed=config.seed, workers=config.workers, **part)
+
+
+def stream(
+    source: Any,
+    transform: Callable[..., dict[str, Any]],
+    *,
+    random: bool,
+    seed: int,
+    batch_size: int,
+    train: bool,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    workers: int = 0,
+) -> grain.IterDataset:
+    """What `batches` does, of examples of any kind: dicts of arrays of equal shapes and of integers.
+
+    Args:
+      source: random access to examples.
+      transform: of an example, and of a random generator where `random`.
+      random: whether the transform is; its numbers come from the example's place in the global order.
+      seed: of the order and the transform.
+      workers: processes that make batches.
+
+    Raises:
+      ValueError: no examples, or see `batches`.
+    """
     if not len(source):
         raise ValueError("the source has no images")
     check_shards(batch_size, shard_index, shard_count)
 
-    order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(config.seed).generate_state(2))
-    ds = grain.MapDataset.source(source if config.image_size else _OneSize(source)).shuffle(seed=order_seed)
+    order_seed, transform_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+    ds = grain.MapDataset.source(source).shuffle(seed=order_seed)
     if train:
         ds = ds.repeat()
     else:
         ds = one_pass(ds, shard_count)
-    fields = ("channels", "image_size", "mid_scale", "flip")
-    preprocess = Preprocess(train=train, **{field: getattr(config, field) for field in fields})
-    ds = ds.random_map(preprocess, seed=transform_seed) if preprocess.random else ds.map(preprocess)
+    ds = ds.random_map(transform, seed=transform_seed) if random else ds.map(transform)
     # After the random transforms: their numbers come from the place in the global order.
     ds = share(ds, batch_size, shard_index, shard_count)
     ds = ds.batch(batch_size // shard_count, drop_remainder=train, batch_fn=_stack)
-    return _WorkerBatches(ds, config.workers) if config.workers else ds.to_iter_dataset(READ)
+    return _WorkerBatches(ds, workers) if workers else ds.to_iter_dataset(READ)
 
 
-def _stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    return {
-        "image": np.stack([e["image"] for e in examples]),
-        "label": np.array([e["label"] for e in examples], np.int32),
-    }
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    def join(values):
+        return np.array(values, np.int32) if isinstance(values[0], int) else np.stack(values)
+
+    return {name: join([example[name] for example in examples]) for name in examples[0]}
 
 
 class _OneSize:

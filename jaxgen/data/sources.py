@@ -16,7 +16,18 @@ from typing import Protocol, TypedDict
 import numpy as np
 from jaxtyping import Int, UInt8
 
-__all__ = ["ArraySource", "EncodedSource", "Example", "Source", "check_split", "decode", "digits", "held_out", "npz"]
+__all__ = [
+    "ArraySource",
+    "EncodedImages",
+    "EncodedSource",
+    "Example",
+    "Source",
+    "check_split",
+    "decode",
+    "digits",
+    "held_out",
+    "npz",
+]
 
 SPLITS = ("train", "test")
 
@@ -47,6 +58,18 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What error messages call this example."""
+        ...
+
+
+class EncodedImages(Source, Protocol):
+    """A source whose images are compressed where they lie."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded image."""
+        ...
+
+    def subset(self, indices: Int[np.ndarray, "m"]) -> EncodedImages:
+        """The source of these examples only."""
         ...
 
 

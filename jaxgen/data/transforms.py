@@ -6,6 +6,7 @@ The functions on numpy arrays are uint8 to uint8; `pixels` and `to_uint8` are tr
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxgen.data.sources import Example
 
-__all__ = ["Preprocess", "center_crop", "flip", "pixels", "random_crop", "resize_shorter", "to_channels", "to_uint8"]
+__all__ = ["Preprocess", "View", "center_crop", "pixels", "resize_shorter", "to_channels", "to_uint8"]
 
 
 def to_channels(image: UInt8[np.ndarray, "H W c"], channels: int) -> UInt8[np.ndarray, "H W C"]:
@@ -52,23 +53,23 @@ def resize_shorter(image: UInt8[np.ndarray, "h w C"], size: int) -> UInt8[np.nda
     return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, channels)
 
 
-def center_crop(image: UInt8[np.ndarray, "h w C"], size: int) -> UInt8[np.ndarray, "size size C"]:
+class View(NamedTuple):
+    """What of an image is seen.
+
+    Attributes:
+      top, left: of the square that is cut out, in pixels of the resized image.
+      flip: whether left and right are exchanged.
+    """
+
+    top: int
+    left: int
+    flip: bool
+
+
+def center_crop(height: int, width: int, size: int) -> View:
     """The square in the middle; where that falls between two pixels, torchvision's choice (round half to even)."""
-    top, left = (round((n - size) / 2) for n in image.shape[:2])
-    return image[top : top + size, left : left + size]
-
-
-def random_crop(
-    image: UInt8[np.ndarray, "h w C"], size: int, rng: np.random.Generator
-) -> UInt8[np.ndarray, "size size C"]:
-    """A square at a place drawn uniformly."""
-    top, left = (int(rng.integers(n - size + 1)) for n in image.shape[:2])
-    return image[top : top + size, left : left + size]
-
-
-def flip(image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator) -> UInt8[np.ndarray, "H W C"]:
-    """`image` or, with probability 1/2, its mirror image (left and right exchanged)."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    top, left = (round((n - size) / 2) for n in (height, width))
+    return View(top, left, False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,21 +101,27 @@ class Preprocess:
         return self.train and (self.flip or self.image_size > 0)
 
     def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+        return self.look(example, rng)[0]
+
+    def look(self, example: Example, rng: np.random.Generator | None = None) -> tuple[Example, View]:
+        """The transformed example, and what was seen of it: in training a square at a place drawn uniformly, mirrored or not."""
         image = example["image"]
         if image.dtype != np.uint8 or image.ndim != 3:
             raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 (H, W, C)")
         if self.channels == 1:
             image = to_channels(image, 1)
+        view = View(0, 0, False)
         if self.image_size:
-            image = resize_shorter(image, round(self.mid_scale * self.image_size))
+            size = self.image_size
+            image = resize_shorter(image, round(self.mid_scale * size))
+            view = center_crop(*image.shape[:2], size)
             if self.train:
-                image = random_crop(image, self.image_size, rng)
-            else:
-                image = center_crop(image, self.image_size)
-        if self.train and self.flip:
-            image = flip(image, rng)
+                view = View(*(int(rng.integers(n - size + 1)) for n in image.shape[:2]), False)
+            image = image[view.top : view.top + size, view.left : view.left + size]
+        if self.train and self.flip and rng.random() < 0.5:
+            view, image = view._replace(flip=True), image[:, ::-1]
         # Grey becomes colour last: the three copies would be resized alike.
-        return {"image": to_channels(image, self.channels), "label": example["label"]}
+        return {"image": to_channels(image, self.channels), "label": example["label"]}, view
 
 
 def pixels(image: UInt8[Array, "*b H W C"]) -> Float[Array, "*b H W C"]:

@@ -10,11 +10,15 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-__all__ = ["FeatureStats", "class_accuracy", "frechet_distance", "inception_score", "precision_recall"]
+__all__ = ["FeatureStats", "class_accuracy", "finite_matrix", "frechet_distance", "precision_recall"]
 
 
-def _matrix(name: str, x) -> np.ndarray:
-    """`x` as a finite float64 [n, d]."""
+def finite_matrix(name: str, x) -> np.ndarray:
+    """`x` as a finite float64 [n, d].
+
+    Raises:
+      ValueError: another rank, or values that are not finite.
+    """
     x = np.asarray(x, np.float64)
     if x.ndim != 2:
         raise ValueError(f"{name} of shape {x.shape}: expected [n, d]")
@@ -54,12 +58,31 @@ class FeatureStats:
         Raises:
           ValueError: not [n, d], or values that are not finite.
         """
-        features = _matrix("features", features)
+        features = finite_matrix("features", features)
         if not len(features):
             return cls.empty(features.shape[1])
         mean = features.mean(axis=0)
         centred = features - mean
         return cls(count=len(features), mean=mean, scatter=centred.T @ centred)
+
+    @classmethod
+    def from_moments(cls, mean: Float[np.ndarray, "d"], cov: Float[np.ndarray, "d d"], count: int = 2) -> FeatureStats:
+        """Of features whose mean and unbiased covariance are known.
+
+        Args:
+          mean: theirs.
+          cov: theirs.
+          count: how many there were. Published statistics do not say; a distance does not ask, a `merge` does.
+
+        Raises:
+          ValueError: shapes that do not fit, values that are not finite, or fewer than two features.
+        """
+        mean, cov = np.asarray(mean, np.float64), finite_matrix("cov", cov)
+        if mean.ndim != 1 or cov.shape != mean.shape * 2 or not np.isfinite(mean).all():
+            raise ValueError(f"a mean of shape {mean.shape} and a covariance of {cov.shape}: expected finite [d] and [d, d]")
+        if count < 2:
+            raise ValueError(f"count={count}: a covariance needs at least 2 features")
+        return cls(count=count, mean=mean, scatter=cov * (count - 1))
 
     def update(self, features: Float[np.ndarray, "n d"]) -> FeatureStats:
         """With one more batch."""
@@ -135,7 +158,7 @@ def class_accuracy(logits: Float[np.ndarray, "n v"], labels: Int[np.ndarray, "n"
     Raises:
       ValueError: shapes that do not match, labels outside 0..v-1, no rows, or logits that are not finite.
     """
-    logits, labels = _matrix("logits", logits), np.asarray(labels)
+    logits, labels = finite_matrix("logits", logits), np.asarray(labels)
     if labels.shape != logits.shape[:1] or not labels.size:
         raise ValueError(
             f"logits of shape {logits.shape} and labels of shape {labels.shape}: expected [n, v], [n], n > 0"
@@ -143,28 +166,6 @@ def class_accuracy(logits: Float[np.ndarray, "n v"], labels: Int[np.ndarray, "n"
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels {labels.min()}..{labels.max()}: must be in 0..{logits.shape[1] - 1}")
     return float((logits.argmax(axis=1) == labels).mean())
-
-
-def inception_score(probs: Float[np.ndarray, "n v"]) -> float:
-    """exp(mean_x KL(p(y|x) || p(y))), from 1 (all alike or undecided) to v (sure of each, all classes equally often).
-
-    Args:
-      probs: class probabilities of any classifier; scores of different classifiers cannot be compared.
-
-    Raises:
-      ValueError: rows that are not probabilities, or no rows.
-
-    Salimans et al. 2016, section 4.
-    """
-    probs = _matrix("probs", probs)
-    if not len(probs) or probs.min() < 0 or np.abs(probs.sum(axis=1) - 1).max() > 1e-3:
-        raise ValueError(
-            f"probs of shape {probs.shape}: every row must be non-negative and sum to 1, and there must be some"
-        )
-    marginal = probs.mean(axis=0)
-    # p log(p / q) is 0 at p = 0; the ones only keep the logarithm quiet there.
-    ratio = np.where(probs > 0, probs, 1) / np.where(probs > 0, marginal, 1)
-    return float(np.exp((probs * np.log(ratio)).sum(axis=1).mean()))
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -211,7 +212,7 @@ def precision_recall(
 
     Kynkaanniemi et al. 2019, eq. 1-3.
     """
-    real, generated = _matrix("real", real), _matrix("generated", generated)
+    real, generated = finite_matrix("real", real), finite_matrix("generated", generated)
     if real.shape[1] != generated.shape[1]:
         raise ValueError(f"features of widths {real.shape[1]} and {generated.shape[1]} cannot be compared")
     if k < 1 or chunk < 1:

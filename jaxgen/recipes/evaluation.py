@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from jaxgen import metrics
 from jaxgen.data import DataConfig, batches, make_source, pixels
 from jaxgen.nn.classifier import Classifier
+from jaxgen.nn.perceptual import lpips
 from jaxgen.recipe import modules
+from jaxgen.recipes.image_quality import observe
 from jaxgen.train import batch_share, shard_batch, to_host
 
 __all__ = ["evaluate_images", "held_out", "measure_reconstruction", "measure_samples", "real_features", "sample_many"]
@@ -33,37 +35,59 @@ def held_out(data: DataConfig, *, batch_size: int, limit: int, split: str = "tes
             return
 
 
-def measure_reconstruction(tokenizer, variables, data: DataConfig, *, batch_size: int = 64, limit: int = 10_000) -> dict:
-    """PSNR in dB, SSIM and, of tokenizers with a codebook, its use on held-out images.
+def measure_reconstruction(
+    tokenizer,
+    variables,
+    data: DataConfig,
+    *,
+    batch_size: int = 64,
+    limit: int = 10_000,
+    inception: tuple[Any, Any] | None = None,
+    perceptual: dict[str, Any] | None = None,
+) -> dict:
+    """PSNR in dB, SSIM and, of tokenizers with a codebook, its use on held-out images; on request "rfid", "rsfid" and "lpips".
 
     Args:
       tokenizer: a module with methods `encode` and `decode`, and the field `vocab` where tokens are discrete.
       variables: its parameters.
       data: whose test split is encoded and decoded.
+      inception: `(module, variables)` of `interop.inception.load`: "rfid" is the Frechet distance between the held-out images
+        and their reconstructions, both as uint8, and "rsfid" the one of spatial features.
+      perceptual: weights of `nn.perceptual.load_perceptual`, for the mean LPIPS.
     """
 
     @jax.jit
-    def one(variables, images):
+    def one(variables, images, perceptual):
         tokens = tokenizer.apply(variables, images, method="encode")
         output = tokenizer.apply(variables, tokens, method="decode")
-        return metrics.psnr(images, output), metrics.ssim(images, output), tokens
+        scores = {"psnr": metrics.psnr(images, output), "ssim": metrics.ssim(images, output)}
+        if perceptual is not None:
+            scores["lpips"] = lpips(perceptual, images, output)
+        return scores, tokens, output
 
     discrete = hasattr(tokenizer, "vocab")
-    psnrs, ssims, counts = [], [], 0
+    parts, counts, stats = [], 0, [{}, {}]
     for batch in held_out(data, batch_size=batch_size, limit=limit):
-        psnr, ssim, tokens = one(variables, pixels(batch["image"]))
-        psnrs.append(np.asarray(psnr))
-        ssims.append(np.asarray(ssim))
+        scores, tokens, output = one(variables, pixels(batch["image"]), perceptual)
+        parts.append(jax.device_get(scores))
         if discrete:
             counts = counts + metrics.count_tokens(tokens, tokenizer.vocab)
-    result = {
-        "images": int(sum(map(len, psnrs))),
-        "psnr": float(np.concatenate(psnrs).mean()),
-        "ssim": float(np.concatenate(ssims).mean()),
-    }
+        if inception is not None:
+            stats = [_add(old, observe(*inception, images)) for old, images in zip(stats, (batch["image"], output))]
+    result = {"images": sum(len(part["psnr"]) for part in parts)}
+    result |= {name: float(np.concatenate([part[name] for part in parts]).mean()) for name in parts[0]}
+    if inception is not None:
+        for name, key in (("rfid", "pool"), ("rsfid", "spatial")):
+            result[name] = metrics.frechet_distance(*(side[key] for side in stats))
     if discrete:
         result |= {"codebook_use": float(metrics.usage(counts)), "codebook_perplexity": float(metrics.perplexity(counts))}
     return result
+
+
+def _add(stats: dict[str, metrics.FeatureStats], observed: dict[str, jax.Array]) -> dict[str, metrics.FeatureStats]:
+    """With the features of one more batch."""
+    new = {name: metrics.FeatureStats.of(observed[name]) for name in ("pool", "spatial")}
+    return {name: stats[name].merge(x) if stats else x for name, x in new.items()}
 
 
 def real_features(classifier, variables, data: DataConfig, *, split: str, batch_size: int = 256, limit: int = 10_000):

@@ -17,6 +17,7 @@ from jaxgen.objectives.likelihood import cross_entropy, drop_labels
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.next_scale import NextScaleConfig, generator_stage, sample_images
+from jaxgen.recipes.token_cache import check_no_cache
 from jaxgen.scale_lists import Cells, DrawRule, check_increasing, draw_lists
 from jaxgen.tokenizers import FlexibleTokenizer
 
@@ -156,6 +157,7 @@ def flexible_stage(config: FlexibleConfig) -> Stage:
 
     One list an update, as in the authors' trainer; all tokens of a list weigh the same.
     """
+    check_no_cache(config.data, "tokens of random lists of scales are made anew in every update")
     train = config.model_train
 
     def loss(params, state, batch, key, step, frozen):

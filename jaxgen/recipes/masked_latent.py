@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxgen.data import DataConfig, batches, make_source, pixels
+from jaxgen.data import DataConfig, make_source, pixels
 from jaxgen.generators.masked_latent import MaskedLatentTransformer, random_known
 from jaxgen.generators.masked_latent_sampler import MaskedLatentSampler
 from jaxgen.objectives.likelihood import drop_labels
@@ -20,6 +20,7 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.classifier import classifier_stage
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.next_scale import RULES, ClassifierConfig
+from jaxgen.recipes.token_cache import check_codes, check_no_cache, code_batches, codes, image_batches
 from jaxgen.tokenizers.latents import LatentTokenizer
 from jaxgen.train.loop import RunConfig
 
@@ -281,8 +282,9 @@ def tokens_stage(config: LatentConfig, name: str, module, train, inputs, *, enco
       encode: from the tokenizer's variables and images in [-1, 1] to what `inputs` takes as tokens; None is the tokens.
       options: of the call.
     """
-    tokenizer = config.build_tokenizer()
-    encode = encode or functools.partial(tokenizer.apply, method="encode")
+    if encode is not None:
+        check_no_cache(config.data, f"stage {name!r} makes its own tokens")
+    encode = encode or functools.partial(config.build_tokenizer().apply, method="encode")
 
     def init(key, frozen):
         side = config.tokenizer.image_size
@@ -293,7 +295,7 @@ def tokens_stage(config: LatentConfig, name: str, module, train, inputs, *, enco
 
     def score(params, batch, key, labels, frozen, **kwargs):
         variables = modules(frozen).get("tokenizer", {})
-        tokens = jax.lax.stop_gradient(encode(variables, pixels(batch["image"])))
+        tokens = jax.lax.stop_gradient(codes(encode, variables, batch))
         return module.apply(params[name], *inputs(key, labels, tokens), **options, **kwargs)
 
     def loss(params, state, batch, key, step, frozen):
@@ -310,9 +312,10 @@ def tokens_stage(config: LatentConfig, name: str, module, train, inputs, *, enco
         init=init,
         loss=loss,
         optimizer=adamw(train.optim, train.steps) if train.steps else optax.identity(),
-        data=functools.partial(_data, config.data, train.batch_size, "train"),
+        data=functools.partial(code_batches, config.data, train.batch_size, "train"),
         needs=("tokenizer",) if config.tokenizer.features else (),
-        eval_data=functools.partial(_data, config.data, train.batch_size, "test"),
+        check=functools.partial(check_codes, config.data),
+        eval_data=functools.partial(code_batches, config.data, train.batch_size, "test"),
         eval_loss=eval_loss,
         ema=train.ema,
         accumulate=train.accumulate,
@@ -348,12 +351,7 @@ def latent_tokenizer_stage(config: LatentConfig) -> Stage:
         init=init,
         loss=loss,
         optimizer=adamw(train.optim, train.steps) if train.steps else optax.identity(),
-        data=functools.partial(_data, config.data, train.batch_size, "train"),
-        eval_data=functools.partial(_data, config.data, train.batch_size, "test"),
+        data=functools.partial(image_batches, config.data, train.batch_size, "train"),
+        eval_data=functools.partial(image_batches, config.data, train.batch_size, "test"),
         eval_loss=eval_loss,
     )
-
-
-def _data(config: DataConfig, batch_size: int, split: str, shard_index: int, shard_count: int):
-    options = dict(batch_size=batch_size, train=split == "train", shard_index=shard_index, shard_count=shard_count)
-    return batches(make_source(config, split), config, **options)

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from jaxgen import config as config_lib
-from jaxgen.data import DataConfig, batches, make_source, pixels
+from jaxgen.data import DataConfig, make_source
 from jaxgen.decoding import Known, Settings
 from jaxgen.generators import NextScaleSampler, NextScaleTransformer, keep_tokens
 from jaxgen.objectives.likelihood import cross_entropy, drop_labels
@@ -22,6 +22,7 @@ from jaxgen.optim import OptimConfig, adamw
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.classifier import classifier_stage
 from jaxgen.recipes.fields import check_dtype, check_fields
+from jaxgen.recipes.token_cache import check_codes, code_batches, codes
 from jaxgen.recipes.tokenizer import TokenizerTrainConfig, tokenizer_stage
 from jaxgen.tokenizers import MultiScaleTokenizer
 from jaxgen.train.loop import RunConfig
@@ -35,7 +36,6 @@ __all__ = [
     "TokenizerConfig",
     "config_of",
     "generator_stage",
-    "image_batches",
     "likelihoods",
     "param_shapes",
     "plain",
@@ -307,7 +307,7 @@ def generator_stage(config: NextScaleConfig) -> Stage:
 
     def read(batch, frozen):
         variables = modules(frozen)["tokenizer"]
-        tokens = tokenizer.apply(variables, pixels(batch["image"]), method="encode")
+        tokens = codes(functools.partial(tokenizer.apply, method="encode"), variables, batch)
         return tokens, jax.lax.stop_gradient(config.teacher_inputs(tokenizer, variables, tokens))
 
     def loss(params, state, batch, key, step, frozen):
@@ -332,20 +332,15 @@ def generator_stage(config: NextScaleConfig) -> Stage:
         init=init,
         loss=loss,
         optimizer=adamw(train.optim, train.steps) if train.steps else optax.identity(),
-        data=functools.partial(image_batches, config.data, train.batch_size, "train"),
+        data=functools.partial(code_batches, config.data, train.batch_size, "train"),
         needs=("tokenizer",),
-        eval_data=functools.partial(image_batches, config.data, train.batch_size, "test"),
+        check=functools.partial(check_codes, config.data),
+        eval_data=functools.partial(code_batches, config.data, train.batch_size, "test"),
         eval_loss=eval_loss,
         ema=train.ema,
         accumulate=train.accumulate,
         rules=RULES,
     )
-
-
-def image_batches(data: DataConfig, batch_size: int, split: str, shard_index: int, shard_count: int):
-    """Batches of images and labels for a stage: endless ones of the training split, one pass over any other."""
-    shard = dict(shard_index=shard_index, shard_count=shard_count)
-    return batches(make_source(data, split), data, batch_size=batch_size, train=split == "train", **shard)
 
 
 def likelihoods(logits, tokens, *, last: int) -> dict:

@@ -11,7 +11,6 @@ import optax
 from jaxtyping import Array, Bool, Key
 
 from jaxgen import config as config_lib
-from jaxgen.data import pixels
 from jaxgen.decoding import check_passes
 from jaxgen.decoding.masked_scale import CONFIDENCES
 from jaxgen.generators import RefinedScaleSampler, ScaleRefiner
@@ -23,7 +22,8 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes import next_scale
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.markov_scale import MarkovConfig, MarkovScaleConfig
-from jaxgen.recipes.next_scale import RULES, ModelTrainConfig, image_batches, sample_images
+from jaxgen.recipes.next_scale import RULES, ModelTrainConfig, sample_images
+from jaxgen.recipes.token_cache import check_codes, code_batches, codes
 
 __all__ = ["RefinedScaleConfig", "RefinerConfig", "config_of", "mask_scales", "read_passes", "refiner_stage"]
 
@@ -157,7 +157,7 @@ def refiner_stage(config: RefinedScaleConfig) -> Stage:
     def measures(params, batch, labels, masked, frozen, smoothing=0.0, **options):
         frozen = modules(frozen)
         variables = frozen["tokenizer"]
-        tokens = tokenizer.apply(variables, pixels(batch["image"]), method="encode")
+        tokens = codes(functools.partial(tokenizer.apply, method="encode"), variables, batch)
         inputs = config.teacher_inputs(tokenizer, variables, tokens)
         scales = list(enumerate(order.split(tokens)))[1:]
         own = [tokenizer.apply(variables, scale, ids, method="own") for scale, ids in scales]
@@ -186,9 +186,10 @@ def refiner_stage(config: RefinedScaleConfig) -> Stage:
         init=init,
         loss=loss,
         optimizer=adamw(train.optim, train.steps) if train.steps else optax.identity(),
-        data=functools.partial(image_batches, config.data, train.batch_size, "train"),
+        data=functools.partial(code_batches, config.data, train.batch_size, "train"),
         needs=("tokenizer", "generator"),
-        eval_data=functools.partial(image_batches, config.data, train.batch_size, "test"),
+        check=functools.partial(check_codes, config.data),
+        eval_data=functools.partial(code_batches, config.data, train.batch_size, "test"),
         eval_loss=eval_loss,
         ema=train.ema,
         accumulate=train.accumulate,

@@ -43,25 +43,31 @@ def test_resize_to_its_own_size_is_the_image_itself():
 @pytest.mark.parametrize("n, offset", [(8, 0), (10, 1), (11, 2), (13, 2)])  # 1.5 -> 2, 2.5 -> 2
 def test_center_crop(n, offset):
     image = noise(8, n, 3)
-    np.testing.assert_array_equal(transforms.center_crop(image, 8), image[:, offset : offset + 8])
+    got, view = Preprocess(channels=3, image_size=8).look({"image": image, "label": 0})
+    np.testing.assert_array_equal(got["image"], image[:, offset : offset + 8])
+    assert view == (0, offset, False)
 
 
-def test_random_crop_is_uniform_over_all_places():
+def test_random_crop_is_uniform_over_all_places_and_says_where_it_is():
     image = np.arange(5 * 6, dtype=np.uint8).reshape(5, 6, 1)
     rng = np.random.default_rng(0)
-    corners = [int(transforms.random_crop(image, 4, rng)[0, 0, 0]) for _ in range(1200)]
+    preprocess = Preprocess(channels=1, image_size=4, mid_scale=1.25, train=True)
+    results = [preprocess.look({"image": image, "label": 0}, rng) for _ in range(1200)]
+    corners = [int(example["image"][0, 0, 0]) for example, _ in results]
+    assert corners == [6 * view.top + view.left for _, view in results]
     places, counts = np.unique(corners, return_counts=True)
     assert places.tolist() == [0, 1, 2, 6, 7, 8]
     assert abs(counts - 200).max() < 60  # 4.6 standard deviations
 
 
-def test_flip_mirrors_left_and_right_half_of_the_time():
+def test_flip_mirrors_left_and_right_half_of_the_time_and_says_so():
     image = noise(4, 5, 3)
     rng = np.random.default_rng(0)
-    results = [transforms.flip(image, rng) for _ in range(400)]
-    mirrored = [(r == np.fliplr(image)).all() for r in results]
-    assert all(m or (r == image).all() for m, r in zip(mirrored, results))
-    assert 150 < sum(mirrored) < 250
+    preprocess = Preprocess(channels=3, flip=True, train=True)
+    results = [preprocess.look({"image": image, "label": 0}, rng) for _ in range(400)]
+    for example, view in results:
+        np.testing.assert_array_equal(example["image"], np.fliplr(image) if view.flip else image)
+    assert 150 < sum(view.flip for _, view in results) < 250
 
 
 def test_preprocess_composes_resize_to_mid_crop_and_channels():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgen.data import DataConfig, digits
+from jaxgen.metrics import FeatureStats, frechet_distance
 from jaxgen.nn.classifier import Classifier
 from jaxgen.recipes.evaluation import (
     evaluate_images,
@@ -62,6 +63,25 @@ def test_reconstruction_against_numpy():
         assert found["codebook_perplexity"] == pytest.approx(perplexity, rel=1e-5)
         assert -1 <= found["ssim"] <= 1
     assert measure_reconstruction(Halving(), jnp.float32(0.2), DATA, limit=10)["images"] == 10
+
+
+class Thumbnails:
+    """A network that reads four and two mean colours, and as logits the first three of them."""
+
+    def apply(self, variables, images, method):
+        assert method == "observe" and images.dtype == jnp.uint8
+        quarters = images.astype(jnp.float32).reshape(-1, 2, 4, 2, 4).mean(axis=(2, 4)).reshape(-1, 4) * variables
+        return {"pool": quarters, "spatial": quarters[:, :2], "logits": quarters[:, :3] / 100}
+
+
+def test_reconstruction_in_the_eyes_of_a_network():
+    images = next(held_out(DATA, batch_size=299, limit=299))["image"]
+    output = np.where(images[:, 3, 4] > 153, np.uint8(191), np.uint8(64))[:, None, None].repeat(8, 1).repeat(8, 2)
+    sides = [np.asarray(Thumbnails().apply(2.0, jnp.asarray(x), "observe")["pool"]) for x in (images, output)]
+    found = measure_reconstruction(Halving(), jnp.float32(0.2), DATA, batch_size=128, inception=(Thumbnails(), 2.0))
+    assert found["rfid"] == pytest.approx(frechet_distance(*map(FeatureStats.of, sides)), rel=1e-5)
+    assert found["rsfid"] == pytest.approx(frechet_distance(*(FeatureStats.of(x[:, :2]) for x in sides)), rel=1e-5)
+    assert found["rfid"] > found["rsfid"] > 100 and "lpips" not in found
 
 
 class Painter:
