@@ -1,6 +1,8 @@
 """Measures a work directory: reconstruction of held-out images, and samples in the eyes of a classifier of the real ones.
 
 python scripts/evaluate.py --workdir runs/mnist --num 1000 --cfg 1.5 --top_p 0.96
+python scripts/evaluate.py --workdir runs/d16 --num 50000 --inception pt_inception-2015-12-05-6726825d.pth \
+    --reference VIRTUAL_imagenet256_labeled.npz --mesh data=8         # FID, sFID, IS, precision, recall; run again to go on
 """
 
 import argparse
@@ -10,7 +12,9 @@ from pathlib import Path
 import jax
 
 from jaxgen import cli
+from jaxgen.interop import inception
 from jaxgen.recipes.evaluation import evaluate_images
+from jaxgen.recipes.image_quality import data_reference, npz_reference, sample_quality
 from jaxgen.train.log import write_json
 
 
@@ -26,6 +30,8 @@ def main():
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--step", help="a checkpoint's step, or best; the latest if left out")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="such as data.path=...")
+    parser.add_argument("--inception", help="InceptionV3's weights: samples are compared by its features")
+    parser.add_argument("--reference", help="statistics or images of real ones, .npz; the training data if left out")
     cli.add_device_flags(parser)
     args = parser.parse_args()
     for edit in args.set:
@@ -36,13 +42,44 @@ def main():
     recipe, params = cli.open_workdir(args.workdir, edits=args.set, step=step, mesh=mesh)
     recipe.config.resolve()  # says if these data do not fit
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
+    if args.reference and not args.inception:
+        raise ValueError(f"--reference {args.reference}: statistics are of InceptionV3's features; --inception is missing")
+    if args.inception:
+        results = inception_scores(args, recipe, params, settings, mesh)
+        return save("inception.json", args.workdir, results)
     results, _ = evaluate_images(
         recipe, params, jax.random.key(args.seed), num=args.num, batch_size=args.batch_size, settings=settings, mesh=mesh
     )
-    if jax.process_index():
-        return
-    write_json(Path(args.workdir) / "evaluation.json", results)
-    print(json.dumps(results, indent=2))
+    save("evaluation.json", args.workdir, results)
+
+
+def inception_scores(args, recipe, params, settings, mesh) -> dict:
+    """FID and the like; statistics are kept in the work directory, so that nothing is sampled twice."""
+    network, variables = inception.load(args.inception)
+    folder, log = Path(args.workdir) / "quality", print
+    if args.reference:
+        reference = npz_reference(args.reference, network, variables, folder=folder / "reference", log=log)
+    else:
+        reference = data_reference(recipe.config.data, network, variables, folder=folder / "reference", log=log)
+    options = dict(num=args.num, batch_size=args.batch_size, settings=settings, mesh=mesh, log=log)
+    return sample_quality(
+        recipe,
+        params,
+        jax.random.key(args.seed),
+        network,
+        variables,
+        reference,
+        folder=folder / "samples",
+        about={"step": args.step},
+        **options,
+    )
+
+
+def save(name: str, workdir: str, results: dict) -> None:
+    """Prints the measures, and writes them to the work directory."""
+    if jax.process_index() == 0:
+        write_json(Path(workdir) / name, results)
+        print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -12,22 +12,20 @@ batch; `--set data.path=world` draws pictures instead.
 import argparse
 import os
 
-# Before JAX is imported: no device is used, and libtpu must not look for one.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for name, value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}.items():
-    os.environ.setdefault(name, value)
-
 import jax
 
 from jaxgen import cli
 from jaxgen.plan import parse_devices, plan_updates, proposals
 from jaxgen.tables import markdown_table, text_table
+
+# No device is used, and libtpu must not look for one.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 def main():
@@ -44,6 +42,9 @@ def main():
     if args.propose and args.mesh:
         raise ValueError(f"--mesh {args.mesh}: --propose chooses the mesh")
     devices = parse_devices(args.device)
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if not devices.chip.topologies:
         jax.config.update("jax_num_cpu_devices", devices.count)
     recipe = cli.load_config_file(args.config).get_config(args.variant).override(args.set)

@@ -4,6 +4,7 @@ python scripts/train.py --config configs/var.py --variant small --workdir runs/m
 """
 
 import argparse
+import dataclasses
 
 from jaxgen import cli
 from jaxgen.train import train
@@ -15,6 +16,7 @@ def main():
     parser.add_argument("--variant", required=True)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="edits of the configuration")
+    parser.add_argument("--until", metavar="STAGE", help="trains this stage and those before it")
     parser.add_argument("--profile", type=int, metavar="N", help="records a trace of N updates in the work directory")
     cli.add_device_flags(parser)
     args = parser.parse_args()
@@ -23,6 +25,9 @@ def main():
     mesh = cli.open_devices(args, every_device=True)
     recipe = recipe.config.resolve().recipe()
     cli.check_stages(recipe, mesh)
+    if args.until:
+        last = recipe.stages.index(recipe.stage(args.until))
+        recipe = dataclasses.replace(recipe, stages=recipe.stages[: last + 1])
     train(recipe, args.workdir, mesh=mesh, run=recipe.config.run)
 
 

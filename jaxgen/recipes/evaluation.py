@@ -17,7 +17,7 @@ from jaxgen.nn.classifier import Classifier
 from jaxgen.nn.perceptual import lpips
 from jaxgen.recipe import modules
 from jaxgen.recipes.image_quality import observe
-from jaxgen.train import batch_share, shard_batch, to_host
+from jaxgen.train import spread, to_host
 
 __all__ = ["evaluate_images", "held_out", "measure_reconstruction", "measure_samples", "real_features", "sample_many"]
 
@@ -162,11 +162,7 @@ def sample_many(
     for i, start in enumerate(range(0, len(labels), batch_size)):
         chunk = np.asarray(labels[start : start + batch_size])
         padded = np.resize(chunk, batch_size)
-        if mesh is not None:
-            index, count = batch_share(mesh)
-            if batch_size % count:
-                raise ValueError(f"batch_size={batch_size} cannot be split over {count} processes")
-            padded = shard_batch(mesh, np.split(padded, count)[index])
+        padded = padded if mesh is None else spread(mesh, padded)
         images = recipe.sample(params, jax.random.fold_in(key, i), padded, **settings)["images"]
         out.append(to_host(images)[: len(chunk)])
     return np.concatenate(out)

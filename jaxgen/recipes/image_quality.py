@@ -24,7 +24,7 @@ from jaxtyping import Int, UInt8
 from jaxgen.data import DataConfig, batches, make_source, to_uint8
 from jaxgen.metrics import ImageStats, Reference, image_scores, npz_images, read_reference
 from jaxgen.metrics.image_stats import STATE, npz_count
-from jaxgen.train import Progress, batch_sharding, make_mesh, replicated
+from jaxgen.train import Progress, batch_sharding, make_mesh, replicated, spread
 from jaxgen.train.log import write_json
 
 __all__ = ["Collector", "data_reference", "npz_reference", "observe", "sample_quality", "sample_statistics"]
@@ -227,9 +227,6 @@ def sample_statistics(
     labels, settings = np.asarray(labels), dict(settings or {})
     if batch_size < 1 or not len(labels):
         raise ValueError(f"{len(labels)} labels in batches of {batch_size}: expected at least 1 of each")
-    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % parts:
-        raise ValueError(f"batch_size={batch_size} cannot be split over data*fsdp={parts} devices")
     about = {
         "batch_size": batch_size,
         "key": np.asarray(jax.random.key_data(key)).tolist(),
@@ -246,17 +243,11 @@ def sample_statistics(
         index[index >= len(labels)] = -1
         if collector.missing(index):
             padded = np.resize(labels[start : start + batch_size], batch_size)
-            out = recipe.sample(params, jax.random.fold_in(key, number), _on(mesh, padded), **settings)
+            padded = padded if mesh is None else spread(mesh, padded)
+            out = recipe.sample(params, jax.random.fold_in(key, number), padded, **settings)
             collector.add(out["images"], index)
         progress.update(number + 1, {"images": float(min(start + batch_size, len(labels)))})
     return collector.finish()
-
-
-def _on(mesh: Mesh | None, x: np.ndarray) -> Any:
-    """An array that every process has whole, split over the mesh."""
-    if mesh is None:
-        return x
-    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
 def sample_quality(

@@ -6,7 +6,17 @@ from jaxgen.train.evaluation import evaluate
 from jaxgen.train.interrupt import Interrupted
 from jaxgen.train.log import MetricsLog, Progress
 from jaxgen.train.loop import NonFiniteError, RunConfig, StageResult, train
-from jaxgen.train.mesh import batch_sharding, batch_share, make_mesh, parse_mesh, replicated, shard_batch, shardings, to_host
+from jaxgen.train.mesh import (
+    batch_sharding,
+    batch_share,
+    make_mesh,
+    parse_mesh,
+    replicated,
+    shard_batch,
+    shardings,
+    spread,
+    to_host,
+)
 from jaxgen.train.profile import CompileCache, Profile
 from jaxgen.train.step import TrainState, abstract_state, init_state, make_step
 from jaxgen.train.waiting import saying
@@ -41,6 +51,7 @@ __all__ = [
     "saying",
     "shard_batch",
     "shardings",
+    "spread",
     "start_world",
     "to_host",
     "train",

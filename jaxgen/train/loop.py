@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from jaxgen.data.throughput import Throughput
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train.checkpoint import Checkpoints, load_params
 from jaxgen.train.evaluation import evaluate
@@ -159,6 +160,7 @@ class _Training:
     def __init__(self, stage, mesh, run, frozen, checkpoints, rows, stop, say, profile):
         self.stage, self.mesh, self.run_config, self.frozen = stage, mesh, run, frozen
         self.checkpoints, self.rows, self.stop, self.say = checkpoints, rows, stop, say
+        self.meter = Throughput()
         self.profile = Profile(profile, _PROFILE_AFTER, run.profile, say)
         self.last: dict[str, float] = {}
         self.in_flight: deque[tuple[int, dict]] = deque()
@@ -176,6 +178,8 @@ class _Training:
 
     def _loop(self, key: PRNGKeyArray, data: Any, now: Callable[[str], None]) -> StageResult:
         stage, run = self.stage, self.run_config
+        if stage.check is not None:
+            stage.check(self.frozen)
         train_state = self._start(key, data)
         step = int(train_state.step)
         self.rows.rewind(stage.name, step)
@@ -183,16 +187,20 @@ class _Training:
         update, metrics = None, {}
         while step < stage.steps:
             now(f"waiting for the data of update {step + 1} of {stage.name}")
-            batch = shard_batch(self.mesh, self._next(data, step))
+            with self.meter.input():
+                batch = shard_batch(self.mesh, self._next(data, step))
             if update is None:
                 update = self._compile(train_state, batch)
                 self.progress = Progress(stage.name, step, stage.steps, run.log_every_s, self.say)
+                self.meter.reset()
             now(f"waiting for update {step + 1} of {stage.name}")
             self.profile.before_update()
             train_state, row = update(train_state, batch, self.frozen)
             step += 1
             self.in_flight.append((step, row))
-            self._look(_IN_FLIGHT)
+            with self.meter.device():
+                self._look(_IN_FLIGHT)
+            self.meter.step(len(jax.tree.leaves(batch)[0]))
             self.checkpoints.check()
             metrics, end = {}, step == stage.steps
             if run.eval_every and stage.eval_data is not None and (end or step % run.eval_every == 0):
@@ -202,9 +210,13 @@ class _Training:
             if better:
                 best = metrics["loss"]
             if end or better or stop or step % run.save_every == 0:
-                self._look(0)
+                with self.meter.device():
+                    self._look(0)
+                if end or step % run.save_every == 0:
+                    self.say(f"{stage.name}: {self.meter.line()}")
                 now(f"saving {stage.name} after update {step}")
                 self.checkpoints.save(step, train_state, data, metrics)
+                self.meter.reset()
             if stop:
                 self.checkpoints.wait()
                 raise Interrupted(stop, stage.name, step)
@@ -289,7 +301,7 @@ def _load(workdir: Path, stage: Stage, mesh: Mesh, step: int) -> StageResult:
 def _may_differ(recipe: Recipe) -> set[str]:
     """Fields of the configuration that a run may go on with after they changed."""
     run = {field.name for field in dataclasses.fields(RunConfig)} - {"seed"}
-    return run | {"steps", "path", "workers"} | {f"{stage.name}_steps" for stage in recipe.stages}
+    return run | {"steps", "path", "tokens", "workers"} | {f"{stage.name}_steps" for stage in recipe.stages}
 
 
 def _check_stages(stages: tuple[Stage, ...]) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "replicated",
     "shard_batch",
     "shardings",
+    "spread",
     "to_host",
 ]
 
@@ -190,6 +191,18 @@ def shard_batch(mesh: Mesh, batch: PyTree) -> PyTree:
         return jax.make_array_from_process_local_data(sharding, x, (size, *x.shape[1:]))
 
     return jax.tree.map(place, batch)
+
+
+def spread(mesh: Mesh, x: np.ndarray) -> jax.Array:
+    """A batch [b, ...] that every process has whole, split over the mesh as `shard_batch` would.
+
+    Raises:
+      ValueError: the devices along `data` and `fsdp` do not divide b.
+    """
+    x, parts = np.asarray(x), mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    if len(x) % parts:
+        raise ValueError(f"a batch of {len(x)} examples cannot be split over data*fsdp={parts} devices")
+    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
 def replicate_batch(mesh: Mesh, batch: PyTree) -> PyTree:
