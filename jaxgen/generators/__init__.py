@@ -28,6 +28,7 @@ from jaxgen.generators.next_x import NextXTransformer
 from jaxgen.generators.next_x_sampler import NextXSampler
 from jaxgen.generators.pivoted_latent import PivotedLatentTransformer
 from jaxgen.generators.pivoted_latent_sampler import PivotedLatentSampler
+from jaxgen.generators.prompted_llama import PromptedLlama, PromptedSampler
 from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.refined_scale_sampler import RefinedScaleSampler
 from jaxgen.generators.scale_recurrent import ScaleRecurrentTransformer
@@ -83,6 +84,8 @@ __all__ = [
     "NextTokenSampler",
     "NextTokenTransformer",
     "Plain",
+    "PromptedLlama",
+    "PromptedSampler",
     "RefinedScaleSampler",
     "ScaleRefiner",
     "SearchedSampler",

@@ -87,6 +87,11 @@ class ImageLlama(nn.Module):
         return math.prod(self.shape)
 
     @property
+    def told(self) -> int:
+        """Vectors before the image."""
+        return self.prefix
+
+    @property
     def layers(self) -> int:
         """Blocks, each of which has its keys and values in a cache."""
         return self.depth
@@ -131,7 +136,7 @@ class ImageLlama(nn.Module):
         x = self.drop_tokens(x, deterministic=not train)
         mask = masks.block_causal(raster(x.shape[1]))
         x, _ = self._hidden(x, self._coords[None, : x.shape[1]], None, mask, train)
-        return self._logits(x[:, self.prefix - 1 :])
+        return self._logits(x[:, self.told - 1 :])
 
     def unconditional(self, batch: int):
         """The condition that says nothing: labels [b], or features [b, p, c]."""
@@ -141,7 +146,7 @@ class ImageLlama(nn.Module):
 
     def begin(self, cache: KVCache, cond) -> KVCache:
         """The cache with all of the condition but its last vector, which `step` reads at position 0."""
-        n = self.prefix - 1
+        n = self.told - 1
         if not n:
             return cache
         mask = jnp.tril(jnp.ones((n, n), bool))
@@ -152,9 +157,8 @@ class ImageLlama(nn.Module):
         """The seam of `jaxgen.decoding`: `view.tokens` [b, q] are the tokens *before* `view.pos`, not read at position 0."""
         pos = jnp.asarray(view.pos)
         pos = pos[None] if pos.ndim == 1 else pos
-        last = self._condition(cond if self.num_classes else cond[:, -1:])
-        x = jnp.where(pos[..., None] == 0, last, self.token_embed(view.tokens))
-        x, cache = self._hidden(x, jnp.asarray(self._coords)[self.prefix - 1 + pos], cache, view.mask)
+        x = jnp.where(pos[..., None] == 0, self._last(cond), self.token_embed(view.tokens))
+        x, cache = self._hidden(x, jnp.asarray(self._coords)[self.told - 1 + pos], cache, view.mask)
         return Out(self._logits(x), x), cache
 
     def init_cache(self, batch: int, capacity: int | None = None) -> KVCache:
@@ -162,7 +166,7 @@ class ImageLlama(nn.Module):
         return KVCache.zeros(
             layers=self.layers,
             batch=batch,
-            capacity=self.prefix - 1 + (capacity or self.length),
+            capacity=self.told - 1 + (capacity or self.length),
             heads=self.kv_heads or self.heads,
             head_size=self.width // self.heads,
             dtype=self.dtype,
@@ -178,6 +182,10 @@ class ImageLlama(nn.Module):
         if self.num_classes:
             return self.class_embed(cond)[:, None]
         return self.caption_fc2(nn.gelu(self.caption_fc1(cond), approximate=True))
+
+    def _last(self, cond) -> Float[Array, "b 1 d"]:
+        """The vector that predicts the first token."""
+        return self._condition(cond if self.num_classes else cond[:, -1:])
 
     def _hidden(self, x, coords, cache, mask, train: bool = False):
         """(What the head reads, the cache) after all blocks."""

@@ -80,11 +80,15 @@ class NextTokenSampler:
         """Tokens in raster order from tokens in the order in which the generator makes them."""
         return self.generator.neighbours.join(tokens) if hasattr(self.generator, "neighbours") else tokens
 
+    def conditions(self, variables, key, cond):
+        """What the generator is told, [2b, ...]: the conditions, then as many that say nothing."""
+        null = self.generator.apply(variables, cond.shape[0], method="unconditional")
+        return jnp.concatenate([cond, null.astype(cond.dtype)])
+
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):
         b, variables = cond.shape[0], params["generator"]
-        null = self.generator.apply(variables, b, method="unconditional")
-        cond = jnp.concatenate([cond, null.astype(cond.dtype)])
+        cond = self.conditions(variables, key, cond)
         cache = self.generator.init_cache(2 * b)
         if hasattr(self.generator, "begin"):
             cache = self.generator.apply(variables, cache, cond, method="begin")
