@@ -5,6 +5,8 @@ from jaxgen.generators.batched_sampler import BatchedSampler
 from jaxgen.generators.bitwise_scale import BitwiseScaleTransformer, TextCondition
 from jaxgen.generators.bitwise_scale_sampler import BitwiseScaleSampler
 from jaxgen.generators.block_diffusion import BlockDiffusionTransformer
+from jaxgen.generators.coarse_to_fine import CoarseToFineLlama
+from jaxgen.generators.coarse_to_fine_sampler import CoarseToFineSampler
 from jaxgen.generators.feature_drafter import FeatureDrafter
 from jaxgen.generators.flexible import FlexibleSampler, FlexibleTransformer
 from jaxgen.generators.flow_scale import FlowScaleTransformer
@@ -70,6 +72,8 @@ __all__ = [
     "AnySubsetModel",
     "BatchedSampler",
     "BlockDiffusionTransformer",
+    "CoarseToFineLlama",
+    "CoarseToFineSampler",
     "Draft",
     "ImageLlama",
     "LanguageModel",
