@@ -1,6 +1,7 @@
 """Models of what comes next: an order, a backbone and a head; and samplers that put them to use."""
 
 from jaxgen.generators.any_subset import AnySubsetModel, AnySubsetSampler
+from jaxgen.generators.axial import AxialSampler, AxialTransformer
 from jaxgen.generators.batched_sampler import BatchedSampler
 from jaxgen.generators.bitwise_scale import BitwiseScaleTransformer, TextCondition
 from jaxgen.generators.bitwise_scale_sampler import BitwiseScaleSampler
@@ -41,6 +42,7 @@ from jaxgen.generators.shuffled import ShuffledSampler, ShuffledTransformer
 from jaxgen.generators.speculative_image_sampler import SpeculativeImageSampler
 from jaxgen.generators.staged_flow import StagedFlowTransformer
 from jaxgen.generators.state_space import StateSpaceModel
+from jaxgen.generators.sub_vocabulary import SubVocabularyLlama, SubVocabularySampler
 from jaxgen.generators.supernet import SupernetTransformer, equidistant
 from jaxgen.generators.vision_language import VisionLanguageModel, VisionLanguageSampler
 
@@ -70,6 +72,8 @@ __all__ = [
     "FlexibleTransformer",
     "AnySubsetSampler",
     "AnySubsetModel",
+    "AxialSampler",
+    "AxialTransformer",
     "BatchedSampler",
     "BlockDiffusionTransformer",
     "CoarseToFineLlama",
@@ -97,6 +101,8 @@ __all__ = [
     "SpeculativeImageSampler",
     "ScaleRecurrentTransformer",
     "StateSpaceModel",
+    "SubVocabularyLlama",
+    "SubVocabularySampler",
     "SupernetTransformer",
     "box_mask",
     "check_labels",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jaxgen.decoding.search_clusters import k_means
 from jaxgen.quantizers.vector import nearest
 
 __all__ = ["cluster_codes"]
@@ -14,17 +15,16 @@ __all__ = ["cluster_codes"]
 def cluster_codes(
     codes: Float[Array, "v c"], clusters: int, *, key: Key[Array, ""] | None = None, iterations: int = 50
 ) -> Int[Array, "v"]:
-    """The cluster of each code, 0 .. k - 1, so that codes lie near the mean of their cluster (Lloyd 1982). None is empty.
+    """The cluster of each code, 0 .. k - 1, so that codes lie near the mean of their cluster. None is empty.
 
-    It starts from codes that are drawn in turn, each with a probability in proportion to its squared distance from those drawn
-    before (k-means++, Arthur & Vassilvitskii 2007). A cluster that ends up empty takes the code that is farthest from its mean
-    among clusters of several.
+    See `jaxgen.decoding.k_means`; a cluster that ends up empty takes the code that is farthest from its mean, of clusters of
+    several.
 
     Args:
       codes: of the quantiser, as it compares them: unit vectors where it goes by direction.
       clusters: k.
-      key: of the start; None is always the same.
-      iterations: of Lloyd's two steps.
+      key: of the seeds; None is always the same.
+      iterations: Lloyd's.
 
     Raises:
       ValueError: fewer than one cluster, or more than codes.
@@ -35,15 +35,7 @@ def cluster_codes(
     v = len(codes)
     if not 1 <= clusters <= v:
         raise ValueError(f"clusters={clusters}: expected 1..{v}, as many as there are codes at most")
-    key = jax.random.key(0) if key is None else key
-
-    def improve(_, means):
-        labels = nearest(codes, means)
-        counts = jnp.zeros(clusters).at[labels].add(1.0)
-        sums = jnp.zeros_like(means).at[labels].add(codes)
-        return jnp.where(counts[:, None] > 0, sums / jnp.maximum(counts, 1)[:, None], means)
-
-    means = jax.lax.fori_loop(0, iterations, improve, _spread(codes, clusters, key))
+    means = k_means(jax.random.key(0) if key is None else key, codes, clusters, steps=iterations)
     labels = nearest(codes, means).astype(jnp.int32)
 
     def fill(i, labels):
@@ -54,17 +46,3 @@ def cluster_codes(
 
     return jax.lax.fori_loop(0, clusters, fill, labels)
 
-
-def _spread(codes: Float[Array, "v c"], clusters: int, key: Key[Array, ""]) -> Float[Array, "k c"]:
-    """Codes to start from, far from one another."""
-    first = codes[jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(codes))]
-    means = jnp.zeros((clusters, codes.shape[1]), codes.dtype).at[0].set(first)
-
-    def draw(i, carry):
-        means, distance = carry
-        # Once all codes are taken, those that are alike included, any will do.
-        odds = jnp.where(distance.any(), jnp.log(distance), 0.0)
-        mean = codes[jax.random.categorical(jax.random.fold_in(key, i), odds)]
-        return means.at[i].set(mean), jnp.minimum(distance, jnp.square(codes - mean).sum(-1))
-
-    return jax.lax.fori_loop(1, clusters, draw, (means, jnp.square(codes - first).sum(-1)))[0]

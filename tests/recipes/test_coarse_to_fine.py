@@ -1,6 +1,5 @@
 """S019's recipe: clusters of the trained codebook, the loss by hand, variants and baseline, and what is refused."""
 
-import dataclasses
 import math
 
 import jax
@@ -77,7 +76,6 @@ def test_the_baseline_has_as_many_blocks():
     assert (ours.model.depth, ours.model.fine_depth) == (2, 1)
     codes = {variant: (c.tokenizer.vocab, c.model.clusters) for variant in ctf.VARIANTS if (c := ctf.build(variant))}
     assert codes == ctf.SIZES | {variant: (16384, 512) for variant in llamagen.PUBLISHED}
-    assert dataclasses.replace(ours, model=other.model).tokenizer.vocab == 256
 
 
 @pytest.mark.parametrize(
