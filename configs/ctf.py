@@ -4,8 +4,8 @@
     python scripts/sample.py --workdir runs/ctf --labels 0,1,2 --num 8 --cfg 1 --out grid.png
 
 n x n tokens take n^2 calls of a model that chooses among few clusters, and one of a second model that chooses codes. The authors
-sample clusters at a temperature of their own (their table 3): the recipe's `sample(..., fine=dict(temperature=...))` sets the
-codes' apart.
+sample the two at temperatures of their own (their table 3): `--temperature` is that of both, and
+`--option "fine={'temperature': 0.9, 'cfg': 1.0}"` sets the codes' apart.
 
 Variants: those of `configs/llamagen.py`, with its data and budgets, and a larger codebook at the small sizes, where about half of
 the blocks predict clusters; `paper` has LlamaGen-B for both. Of the paper's text an abstract, its tables and a summary were to be

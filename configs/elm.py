@@ -1,7 +1,7 @@
 """S152 ELM: a plain language model over binary image codes, parted into sub-vocabularies (Liu et al. 2024, arXiv 2410.16257).
 
     python scripts/train.py --config configs/elm.py --variant small --workdir runs/elm --set data.path=mnist.npz
-    python scripts/sample.py --workdir runs/elm --labels 0,1,2 --num 8 --cfg 1 --top-k 8 --out grid.png
+    python scripts/sample.py --workdir runs/elm --labels 0,1,2 --num 8 --cfg 1 --top_k 8 --out grid.png
 
 What the paper tries is a setting here: `tokenizer.code=bernoulli` (its binary autoencoder) or `spherical` (BSQ), `tokenizer.bits`
 and `model.parts` (2 parts of 10 bits are its 2-10), and of sampling temperature, top-k, top-p and a guidance weight for each
