@@ -42,6 +42,7 @@ from jaxgen.decoding.reveal import (
     Scheduled,
     Threshold,
 )
+from jaxgen.decoding.rows import sample_rows
 from jaxgen.decoding.search import Found, Reward, SearchPlan, check_reward, search_scales
 from jaxgen.decoding.search_clusters import k_means, representatives
 from jaxgen.decoding.server import Outcome, QueueFull, Server
@@ -181,6 +182,7 @@ __all__ = [
     "replace_red",
     "representatives",
     "sample_entities",
+    "sample_rows",
     "sample_scales",
     "sample_tokens",
     "search_scales",

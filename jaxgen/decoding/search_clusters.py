@@ -22,11 +22,15 @@ def k_means(key: Key[Array, ""], points: Float[Array, "n d"], count: int, *, ste
       steps: Lloyd's iterations.
     """
     points = jnp.asarray(points, jnp.float32)
-    first, *others = jax.random.split(key, count)
-    seeds = [points[jax.random.randint(first, (), 0, len(points))]]
-    for other in others:
-        nearest = _distances(points, jnp.stack(seeds)).min(axis=1)
-        seeds.append(points[jax.random.categorical(other, jnp.log(nearest))])
+    first = points[jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(points))]
+
+    def seed(i, carry):
+        seeds, nearest = carry
+        one = points[jax.random.categorical(jax.random.fold_in(key, i), jnp.log(nearest))]
+        return seeds.at[i].set(one), jnp.minimum(nearest, _distances(points, one[None])[:, 0])
+
+    seeds = jnp.zeros((count, points.shape[1])).at[0].set(first)
+    seeds, _ = jax.lax.fori_loop(1, count, seed, (seeds, _distances(points, first[None])[:, 0]))
 
     def step(_, centres):
         member = jax.nn.one_hot(_distances(points, centres).argmin(axis=1), count)
@@ -34,7 +38,7 @@ def k_means(key: Key[Array, ""], points: Float[Array, "n d"], count: int, *, ste
         means = jnp.einsum("nk,nd->kd", member, points, precision="highest") / jnp.maximum(sizes, 1)
         return jnp.where(sizes > 0, means, centres)
 
-    return jax.lax.fori_loop(0, steps, step, jnp.stack(seeds))
+    return jax.lax.fori_loop(0, steps, step, seeds)
 
 
 def representatives(key: Key[Array, ""], points: Float[Array, "n d"], count: int, *, steps: int = 20) -> Int[Array, "k"]:

@@ -1,10 +1,13 @@
 """Models of what comes next: an order, a backbone and a head; and samplers that put them to use."""
 
 from jaxgen.generators.any_subset import AnySubsetModel, AnySubsetSampler
+from jaxgen.generators.axial import AxialSampler, AxialTransformer
 from jaxgen.generators.batched_sampler import BatchedSampler
 from jaxgen.generators.bitwise_scale import BitwiseScaleTransformer, TextCondition
 from jaxgen.generators.bitwise_scale_sampler import BitwiseScaleSampler
 from jaxgen.generators.block_diffusion import BlockDiffusionTransformer
+from jaxgen.generators.coarse_to_fine import CoarseToFineLlama
+from jaxgen.generators.coarse_to_fine_sampler import CoarseToFineSampler
 from jaxgen.generators.feature_drafter import FeatureDrafter
 from jaxgen.generators.flexible import FlexibleSampler, FlexibleTransformer
 from jaxgen.generators.flow_scale import FlowScaleTransformer
@@ -28,6 +31,7 @@ from jaxgen.generators.next_x import NextXTransformer
 from jaxgen.generators.next_x_sampler import NextXSampler
 from jaxgen.generators.pivoted_latent import PivotedLatentTransformer
 from jaxgen.generators.pivoted_latent_sampler import PivotedLatentSampler
+from jaxgen.generators.prompted_llama import PromptedLlama, PromptedSampler
 from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.refined_scale_sampler import RefinedScaleSampler
 from jaxgen.generators.scale_recurrent import ScaleRecurrentTransformer
@@ -38,6 +42,7 @@ from jaxgen.generators.shuffled import ShuffledSampler, ShuffledTransformer
 from jaxgen.generators.speculative_image_sampler import SpeculativeImageSampler
 from jaxgen.generators.staged_flow import StagedFlowTransformer
 from jaxgen.generators.state_space import StateSpaceModel
+from jaxgen.generators.sub_vocabulary import SubVocabularyLlama, SubVocabularySampler
 from jaxgen.generators.supernet import SupernetTransformer, equidistant
 from jaxgen.generators.vision_language import VisionLanguageModel, VisionLanguageSampler
 
@@ -67,8 +72,12 @@ __all__ = [
     "FlexibleTransformer",
     "AnySubsetSampler",
     "AnySubsetModel",
+    "AxialSampler",
+    "AxialTransformer",
     "BatchedSampler",
     "BlockDiffusionTransformer",
+    "CoarseToFineLlama",
+    "CoarseToFineSampler",
     "Draft",
     "ImageLlama",
     "LanguageModel",
@@ -83,6 +92,8 @@ __all__ = [
     "NextTokenSampler",
     "NextTokenTransformer",
     "Plain",
+    "PromptedLlama",
+    "PromptedSampler",
     "RefinedScaleSampler",
     "ScaleRefiner",
     "SearchedSampler",
@@ -90,6 +101,8 @@ __all__ = [
     "SpeculativeImageSampler",
     "ScaleRecurrentTransformer",
     "StateSpaceModel",
+    "SubVocabularyLlama",
+    "SubVocabularySampler",
     "SupernetTransformer",
     "box_mask",
     "check_labels",

@@ -87,6 +87,16 @@ class ImageLlama(nn.Module):
         return math.prod(self.shape)
 
     @property
+    def told(self) -> int:
+        """Vectors before the image."""
+        return self.prefix
+
+    @property
+    def together(self) -> int:
+        """Tokens that are read, and predicted, as one."""
+        return 1
+
+    @property
     def layers(self) -> int:
         """Blocks, each of which has its keys and values in a cache."""
         return self.depth
@@ -106,7 +116,7 @@ class ImageLlama(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(self.init_std)
-        self.token_embed = nn.Embed(self.vocab, self.width, embedding_init=init)
+        self.token_embed = nn.Embed(self.together * self.vocab, self.width, embedding_init=init)
         if self.num_classes:
             self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
         else:
@@ -116,7 +126,8 @@ class ImageLlama(nn.Module):
             self.no_caption = self.param("no_caption", scale, (self.prefix, self.caption_width))
         self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
         self.norm = nn.RMSNorm(epsilon=1e-5)
-        self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype)
+        outputs = self.together * self.vocab
+        self.head = nn.Dense(outputs, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype)
         self.drop_tokens = nn.Dropout(self.token_dropout)
 
     def __call__(self, cond, tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
@@ -127,11 +138,11 @@ class ImageLlama(nn.Module):
           tokens: in raster order.
           train: drops; needs the rng stream "dropout".
         """
-        x = jnp.concatenate([self._condition(cond), self.token_embed(tokens[:, :-1])], axis=1)
+        x = jnp.concatenate([self._condition(cond), self._read(tokens[:, : -self.together])], axis=1)
         x = self.drop_tokens(x, deterministic=not train)
         mask = masks.block_causal(raster(x.shape[1]))
         x, _ = self._hidden(x, self._coords[None, : x.shape[1]], None, mask, train)
-        return self._logits(x[:, self.prefix - 1 :])
+        return self._logits(x[:, self.told - 1 :])
 
     def unconditional(self, batch: int):
         """The condition that says nothing: labels [b], or features [b, p, c]."""
@@ -141,7 +152,7 @@ class ImageLlama(nn.Module):
 
     def begin(self, cache: KVCache, cond) -> KVCache:
         """The cache with all of the condition but its last vector, which `step` reads at position 0."""
-        n = self.prefix - 1
+        n = self.told - 1
         if not n:
             return cache
         mask = jnp.tril(jnp.ones((n, n), bool))
@@ -151,10 +162,9 @@ class ImageLlama(nn.Module):
     def step(self, cache: KVCache, view: View, cond) -> tuple[Out, KVCache]:
         """The seam of `jaxgen.decoding`: `view.tokens` [b, q] are the tokens *before* `view.pos`, not read at position 0."""
         pos = jnp.asarray(view.pos)
-        pos = pos[None] if pos.ndim == 1 else pos
-        last = self._condition(cond if self.num_classes else cond[:, -1:])
-        x = jnp.where(pos[..., None] == 0, last, self.token_embed(view.tokens))
-        x, cache = self._hidden(x, jnp.asarray(self._coords)[self.prefix - 1 + pos], cache, view.mask)
+        pos = (pos[None] if pos.ndim == 1 else pos)[:, :: self.together] // self.together
+        x = jnp.where(pos[..., None] == 0, self._last(cond), self._read(view.tokens))
+        x, cache = self._hidden(x, jnp.asarray(self._coords)[self.told - 1 + pos], cache, view.mask)
         return Out(self._logits(x), x), cache
 
     def init_cache(self, batch: int, capacity: int | None = None) -> KVCache:
@@ -162,7 +172,7 @@ class ImageLlama(nn.Module):
         return KVCache.zeros(
             layers=self.layers,
             batch=batch,
-            capacity=self.prefix - 1 + (capacity or self.length),
+            capacity=self.told - 1 + (capacity or self.length),
             heads=self.kv_heads or self.heads,
             head_size=self.width // self.heads,
             dtype=self.dtype,
@@ -178,6 +188,13 @@ class ImageLlama(nn.Module):
         if self.num_classes:
             return self.class_embed(cond)[:, None]
         return self.caption_fc2(nn.gelu(self.caption_fc1(cond), approximate=True))
+
+    def _read(self, tokens: Int[Array, "b q"]) -> Float[Array, "b q d"]:
+        return self.token_embed(tokens)
+
+    def _last(self, cond) -> Float[Array, "b 1 d"]:
+        """The vector that predicts the first token."""
+        return self._condition(cond if self.num_classes else cond[:, -1:])
 
     def _hidden(self, x, coords, cache, mask, train: bool = False):
         """(What the head reads, the cache) after all blocks."""

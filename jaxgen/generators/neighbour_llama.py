@@ -89,8 +89,7 @@ class NeighbourLlama(ImageLlama):
     def step(self, cache: KVCache, view: View, cond) -> tuple[Out, KVCache]:
         """The seam of `jaxgen.decoding.sample_tokens`: reads the step before, or the condition, and predicts `view.time`'s."""
         k, plan = view.time, _plan(self.shape)
-        last = self._condition(cond if self.num_classes else cond[:, -1:])
-        x = jnp.where(k == 0, last, self.token_embed(view.tokens))
+        x = jnp.where(k == 0, self._last(cond), self.token_embed(view.tokens))
         hidden, cache = self._hidden(x, jnp.asarray(plan.coords)[k][None], cache, view.mask)
         return Out(self._mean(hidden, jnp.asarray(plan.sources)[k], jnp.asarray(plan.weights)[k])), cache
 

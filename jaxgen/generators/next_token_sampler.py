@@ -80,26 +80,33 @@ class NextTokenSampler:
         """Tokens in raster order from tokens in the order in which the generator makes them."""
         return self.generator.neighbours.join(tokens) if hasattr(self.generator, "neighbours") else tokens
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _sample(self, params, key, cond, settings):
-        b, variables = cond.shape[0], params["generator"]
-        null = self.generator.apply(variables, b, method="unconditional")
-        cond = jnp.concatenate([cond, null.astype(cond.dtype)])
-        cache = self.generator.init_cache(2 * b)
+    def conditions(self, variables, key, cond):
+        """What the generator is told, [2b, ...]: the conditions, then as many that say nothing."""
+        null = self.generator.apply(variables, cond.shape[0], method="unconditional")
+        return jnp.concatenate([cond, null.astype(cond.dtype)])
+
+    def tokens(self, variables, key, cond, settings) -> Int[Array, "b l"]:
+        """Tokens in the order in which the generator makes them; `cond` as from `conditions`."""
+        cache = self.generator.init_cache(len(cond))
         if hasattr(self.generator, "begin"):
             cache = self.generator.apply(variables, cache, cond, method="begin")
-        tokens = sample_tokens(
+        return sample_tokens(
             stepper(self.generator),
             params=variables,
             cache=cache,
             cond=cond,
-            batch=b,
+            batch=len(cond) // 2,
             order=self.generator.order,
             key=key,
             settings=settings,
             merged=self.merged,
         )
-        tokens = self.arrange(tokens)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _sample(self, params, key, cond, settings):
+        variables = params["generator"]
+        tokens = self.arrange(self.tokens(variables, key, self.conditions(variables, key, cond), settings))
         if self.tokenizer is None:
             return None, tokens
-        return self.tokenizer.apply(params["tokenizer"], tokens, method="decode"), tokens
+        # Pixels need no parameters.
+        return self.tokenizer.apply(params.get("tokenizer", {}), tokens, method="decode"), tokens

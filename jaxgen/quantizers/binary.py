@@ -18,7 +18,16 @@ from jaxgen.quantizers.multi_scale import Quantized
 from jaxgen.quantizers.scale_sum import ScaleSum
 from jaxgen.resample import resize
 
-__all__ = ["BinaryScales", "bits_of", "codes_of", "entropy_penalty", "spherical_codes"]
+__all__ = [
+    "BinaryScales",
+    "bernoulli_bits",
+    "bits_of",
+    "codes_of",
+    "entropy_penalty",
+    "joined_bits",
+    "parted_bits",
+    "spherical_codes",
+]
 
 
 def bits_of(features: Float[Array, "*b c"]) -> Int[Array, "*b c"]:
@@ -35,6 +44,30 @@ def spherical_codes(features: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
     """The codes of features, whose gradient is that of the features' direction (BSQ, equations 8 and 9)."""
     unit = _unit(features)
     return unit + jax.lax.stop_gradient(codes_of(bits_of(features)) - unit)
+
+
+def bernoulli_bits(features: Float[Array, "*b c"], key: Key[Array, ""] | None = None) -> Float[Array, "*b c"]:
+    """Bits as numbers 0 and 1, whose gradient is that of p = sigmoid(features) (binary autoencoders, Wang et al. 2023).
+
+    Args:
+      features: logits.
+      key: draws each bit with probability p; None takes the likelier value, `bits_of`.
+    """
+    p = jax.nn.sigmoid(features)
+    bits = bits_of(features) if key is None else jax.random.bernoulli(key, p)
+    return p + jax.lax.stop_gradient(bits - p)
+
+
+def joined_bits(bits: Int[Array, "*b c"], parts: int) -> Int[Array, "*b n"]:
+    """Each of `parts` runs of c / n bits as one number, its first bit the smallest."""
+    runs = bits.reshape(*bits.shape[:-1], parts, -1)
+    return (runs << jnp.arange(runs.shape[-1])).sum(-1).astype(jnp.int32)
+
+
+def parted_bits(numbers: Int[Array, "*b n"], bits: int) -> Int[Array, "*b c"]:
+    """The c bits of n numbers: undoes `joined_bits`."""
+    runs = (numbers[..., None] >> jnp.arange(bits // numbers.shape[-1])) & 1
+    return runs.reshape(*numbers.shape[:-1], bits)
 
 
 def entropy_penalty(

@@ -35,6 +35,7 @@ __all__ = [
     "reuse",
     "scaling_law",
     "seconds_an_image",
+    "test_nats",
     "train_all",
     "trained",
 ]
@@ -162,6 +163,15 @@ def costs(recipe: Recipe, params, *, batch: int = 16) -> dict:
         row[f"{name} GFLOP/image"] = round(count_flops(fn, *args) / batch / 1e9, 4)
         row[f"{name} temporary MB, batch {batch}"] = compile_report(fn, *args)[1].get("temp_MB", "")
     return row
+
+
+def test_nats(recipe: Recipe, params: Mapping[str, Any]) -> float:
+    """Mean loss of the stage "generator" over the test images: nats a token of a system that predicts tokens."""
+    stage = recipe.stage("generator")
+    frozen = {name: params[name] for name in stage.needs}
+    evaluate = jax.jit(lambda batch: stage.eval_loss(params["generator"], (), batch, jax.random.key(0), frozen)["loss"])
+    values, counts = np.array([(float(evaluate(batch)), len(batch["label"])) for batch in stage.eval_data(0, 1)]).T
+    return float(values @ counts / counts.sum())
 
 
 def scaling_law(sizes: Mapping[str, NextScaleConfig], *, log: Callable[[str], None]) -> Claim:

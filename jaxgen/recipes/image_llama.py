@@ -18,7 +18,7 @@ from jaxgen.tokenizers import FlexibleTokenizer
 __all__ = ["ImageLlamaConfig", "ImageLlamaModelConfig", "RULES"]
 
 # Classes are one more than a number that devices divide.
-RULES = ((r"class_embed", P()), *language.RULES, (r"heads_before_\d+/kernel", P("fsdp", "tensor")))
+RULES = ((r"class_embed", P()), *language.RULES, (r"(heads_before_\d+|join)/kernel", P("fsdp", "tensor")))
 
 
 @dataclasses.dataclass(frozen=True)

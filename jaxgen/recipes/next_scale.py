@@ -302,11 +302,11 @@ def generator_stage(config: NextScaleConfig) -> Stage:
         def inputs(variables):
             return config.teacher_inputs(tokenizer, variables, jnp.zeros((1, order.length), jnp.int32))
 
-        shape = jax.eval_shape(inputs, modules(frozen)["tokenizer"])
+        shape = jax.eval_shape(inputs, modules(frozen).get("tokenizer", {}))
         return {"generator": generator.init(key, jnp.zeros((1,), jnp.int32), jnp.zeros(shape.shape, shape.dtype))}, ()
 
     def read(batch, frozen):
-        variables = modules(frozen)["tokenizer"]
+        variables = modules(frozen).get("tokenizer", {})
         tokens = codes(functools.partial(tokenizer.apply, method="encode"), variables, batch)
         return tokens, jax.lax.stop_gradient(config.teacher_inputs(tokenizer, variables, tokens))
 

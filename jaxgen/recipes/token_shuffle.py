@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
-import numpy as np
-
 from jaxgen import config as config_lib
 from jaxgen.generators import ShuffledSampler, ShuffledTransformer
 from jaxgen.nn.token_shuffle import window_order
@@ -93,10 +90,5 @@ def compare_windows(
 
 def _columns(recipe: Recipe, params: dict) -> dict:
     """The transformer's sequence, and the nats a token of the test images."""
-    stage = recipe.stage("generator")
-    frozen = {name: params[name] for name in stage.needs}
-    evaluate = jax.jit(lambda batch: stage.eval_loss(params["generator"], (), batch, jax.random.key(0), frozen)["loss"])
-    losses = [(float(evaluate(batch)), len(batch["label"])) for batch in stage.eval_data(0, 1)]
-    values, counts = np.array(losses).T
     order = recipe.config.build_generator().order
-    return {"sequence length": order.steps, "test nats a token": round(float(values @ counts / counts.sum()), 4)}
+    return {"sequence length": order.steps, "test nats a token": round(claims.test_nats(recipe, params), 4)}
