@@ -3,6 +3,7 @@
 from jaxgen.metrics.codebook import count_tokens, perplexity, usage
 from jaxgen.metrics.frechet import FeatureStats, class_accuracy, frechet_distance, inception_score, precision_recall
 from jaxgen.metrics.image import psnr, ssim
+from jaxgen.metrics.probe import linear_probe
 from jaxgen.metrics.scaling import PowerLaw, fit_power_law
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "fit_power_law",
     "frechet_distance",
     "inception_score",
+    "linear_probe",
     "perplexity",
     "precision_recall",
     "psnr",

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxgen.data import DataConfig, pixels
-from jaxgen.metrics.probe import linear_probe
+from jaxgen.metrics import linear_probe
 from jaxgen.recipes.claims import Claim, mean_and_spread, train_all
 from jaxgen.recipes.evaluation import held_out
 from jaxgen.recipes.semantic_patches import SemanticPatchConfig
