@@ -52,7 +52,8 @@ class DINOv2:
 
     Attributes:
       encoder: the Flax module.
-      params: `{"encoder": variables}`, which a recipe's stage "encoder" takes as they are.
+      params: `{"encoder": variables}`: unless blocks are scanned, what the stage "encoder" of a recipe takes, see
+        `jaxgen.recipes.features`.
     """
 
     encoder: FeatureViT
@@ -84,7 +85,7 @@ def _features(encoder, variables, images):
     return encoder.apply(variables, images)
 
 
-def load(*, encoder: str, num_heads: int | None = None, scan_layers: bool = True, dtype: Any = jnp.float32) -> DINOv2:
+def load(*, encoder: str, num_heads: int | None = None, scan_layers: bool = False, dtype: Any = jnp.float32) -> DINOv2:
     """Reads a published checkpoint; all sizes come from the file. Pixels of 3 channels are standardised as ImageNet's.
 
     Args:

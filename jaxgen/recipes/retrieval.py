@@ -91,13 +91,14 @@ class RetrievalLlamaConfig(ImageLlamaConfig):
           ValueError: there is nothing at the path, no image of the classes, or fewer than neighbours.
         """
         classes = classes or (() if path else self.retrieval.classes)
-        images, labels = images_of(self._database(path), classes, self.retrieval.limit)
+        images, labels = images_of(self.database_config(path), classes, self.retrieval.limit)
         features = [_describe(self, variables["encoder"], images[i : i + 256]) for i in range(0, len(images), 256)]
         index = build_index(np.concatenate(features), labels)
         check_index(index, self.retrieval.k, self.features.width)
         return index
 
-    def _database(self, path: str = "") -> DataConfig:
+    def database_config(self, path: str = "") -> DataConfig:
+        """Where the images of the database are, or of the one at `path`."""
         path = path or self.retrieval.path
         return dataclasses.replace(self.data, path=path, flip=False) if path else self.data
 
@@ -153,10 +154,11 @@ def retrieval_stage(config: RetrievalLlamaConfig, base: Stage) -> Stage:
     k, below = config.retrieval.k, config.retrieval.below
 
     def init(key, frozen):
-        database = config._database()
+        database = config.database_config()
         images, labels = images_of(database, config.retrieval.classes, config.retrieval.limit)
-        if len(images) <= k:
-            raise ValueError(f"retrieval.k={k}: the database has {len(images)} images, and an image is no neighbour of its own")
+        if len(images) < k + (not config.retrieval.path):
+            own = "" if config.retrieval.path else ", and an image is no neighbour of its own"
+            raise ValueError(f"retrieval.k={k}: the database has {len(images)} images{own}")
         spare = -len(images) % 256
         parts = jnp.asarray(np.pad(images, ((0, spare), (0, 0), (0, 0), (0, 0)))).reshape(-1, 256, *images.shape[1:])
         variables = modules(frozen)["encoder"]

@@ -34,7 +34,7 @@ def full(params):
     return lambda tokens, context=CONTEXT: np.asarray(run(params, context, tokens))
 
 
-def test_what_is_seen(full):
+def test_what_is_seen(params, full):
     whole = full(TOKENS)
     assert whole.shape == (B, 4, VOCAB) and whole.dtype == np.float32
     for place in range(4):
@@ -47,6 +47,12 @@ def test_what_is_seen(full):
         features[:, place] += 1.0
         moved = np.abs(full(TOKENS, Context(features, CONTEXT.mask)) - whole).max(-1)
         assert (moved[CONTEXT.mask[:, place]] > 1e-4).all() and (moved[~CONTEXT.mask[:, place]] == 0).all()
+    # Blocks one by one are the scanned ones.
+    inner = dict(params["params"])
+    stacked = inner["transformer"]["blocks"]
+    inner["transformer"] = {f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(2)}
+    unrolled = jax.jit(MODEL.clone(scan_layers=False).apply)({"params": inner}, CONTEXT, TOKENS)
+    np.testing.assert_allclose(unrolled, whole, atol=1e-5)
     # Neighbours are a set.
     swapped = Context(CONTEXT.features[:, ::-1], CONTEXT.mask[:, ::-1])
     np.testing.assert_allclose(full(TOKENS, swapped), whole, atol=1e-5)
