@@ -142,10 +142,13 @@ class RetrievalLlama(nn.Module):
         return jax.eval_shape(lambda key: self.init(key, context, tokens), jax.random.key(0))
 
     def _context(self, given: Context) -> Context:
-        """The neighbours behind the vector for nothing, which is always there."""
+        """The neighbours behind the vector for nothing, which is always there.
+
+        Unit vectors become as long as those that a norm leaves, which is what the blocks' other layers read.
+        """
         b = len(given.features)
         nothing = jnp.broadcast_to(self.nothing, (b, 1, self.feature_width))
-        features = jnp.concatenate([nothing, given.features], axis=1)
+        features = self.feature_width**0.5 * jnp.concatenate([nothing, given.features], axis=1)
         return Context(features, jnp.concatenate([jnp.ones((b, 1), bool), given.mask], axis=1))
 
     def _logits(self, x) -> Float[Array, "b l v"]:
