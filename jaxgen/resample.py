@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["area_matrix", "bicubic_matrix", "bilinear_corners_matrix", "bilinear_matrix", "resize"]
+__all__ = ["area_matrix", "bicubic_matrix", "bilinear_corners_matrix", "bilinear_matrix", "blur", "gaussian_matrix", "resize"]
 
 
-def _taps(n_in: int, n_out: int, offsets: range, weight) -> np.ndarray:
+def _taps(n_in: int, n_out: int, offsets: range, weight, ratio: float | None = None) -> np.ndarray:
     """[n_out, n_in] from `weight(distance)` over taps around each source coordinate, indices clamped to the border."""
     out = np.zeros((n_out, n_in))
     for i in range(n_out):
-        source = (i + 0.5) * n_in / n_out - 0.5
+        source = (i + 0.5) * (n_in / n_out if ratio is None else 1 / ratio) - 0.5
         base = math.floor(source)
         for offset in offsets:
             out[i, min(max(base + offset, 0), n_in - 1)] += weight(abs(source - base - offset))
@@ -28,8 +28,11 @@ def _taps(n_in: int, n_out: int, offsets: range, weight) -> np.ndarray:
 
 
 @functools.cache
-def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
-    """[n_out, n_in] cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, clamped borders."""
+def bicubic_matrix(n_in: int, n_out: int, ratio: float | None = None) -> np.ndarray:
+    """[n_out, n_in] cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, clamped borders.
+
+    `ratio` is the enlargement where it is not n_out / n_in: PyTorch's `interpolate` goes by the `scale_factor` it is given.
+    """
     a = -0.75
 
     def weight(x):
@@ -37,7 +40,7 @@ def bicubic_matrix(n_in: int, n_out: int) -> np.ndarray:
             return (a + 2) * x**3 - (a + 3) * x**2 + 1
         return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
 
-    return _taps(n_in, n_out, range(-1, 3), weight)
+    return _taps(n_in, n_out, range(-1, 3), weight, ratio)
 
 
 @functools.cache
@@ -72,6 +75,16 @@ def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     return out
 
 
+@functools.cache
+def gaussian_matrix(n: int, sigma: float) -> np.ndarray:
+    """[n, n] Gaussian window of the odd size next to 8 sigma, normalised; what lies beyond the border is 0."""
+    reach = math.ceil(4 * sigma)
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    taps /= taps.sum()
+    distance = np.arange(n)[:, None] - np.arange(n)
+    return np.where(np.abs(distance) <= reach, taps[np.clip(distance + reach, 0, 2 * reach)], 0.0)
+
+
 _MATRIX = {
     "area": area_matrix,
     "bicubic": bicubic_matrix,
@@ -101,3 +114,11 @@ def resize(x: Float[Array, "b h w c"], size: tuple[int, int], method: str) -> Fl
     if x.shape[2] != size[1]:
         x = jnp.einsum("Ww,bhwc->bhWc", columns, x, precision="highest")
     return x
+
+
+def blur(x: Float[Array, "b h w c"], sigma: float) -> Float[Array, "b h w c"]:
+    """`x` behind a Gaussian window of `sigma` pixels, see `gaussian_matrix`; 0 is no window."""
+    if not sigma:
+        return x
+    rows, columns = (jnp.asarray(gaussian_matrix(n, sigma), x.dtype) for n in x.shape[1:3])
+    return jnp.einsum("Hh,Ww,bhwc->bHWc", rows, columns, x, precision="highest")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.resample import area_matrix, bicubic_matrix, bilinear_matrix, resize
+from jaxgen.resample import area_matrix, bicubic_matrix, bilinear_matrix, blur, gaussian_matrix, resize
 
 SMALL = np.round(np.sin(np.arange(12) * 1.7) * 4).reshape(3, 4)
 LARGE = np.round(np.cos(np.arange(35) * 2.3) * 4).reshape(5, 7)
@@ -126,3 +126,19 @@ def test_errors():
         resize(x, (4, 4), "lanczos")
     with pytest.raises(ValueError, match="dtype uint8"):
         resize(x.astype(jnp.uint8), (4, 4), "area")
+
+
+def test_enlargement_that_the_sizes_do_not_say():
+    """The first places of a larger result are those of a smaller one that is enlarged as much."""
+    np.testing.assert_allclose(bicubic_matrix(3, 5, 2.0), bicubic_matrix(3, 6)[:5], atol=1e-12)
+    assert np.abs(bicubic_matrix(3, 5, 2.0) - bicubic_matrix(3, 5)).max() > 0.01
+
+
+def test_blur():
+    """A point becomes the window, of 9 taps for 1 pixel; nothing comes in from beyond the border."""
+    window = np.exp(-0.5 * np.arange(-4, 5) ** 2)
+    window /= window.sum()
+    image = jnp.zeros((1, 11, 11, 1)).at[0, 5, 5].set(1.0)
+    np.testing.assert_allclose(blur(image, 1.0)[0, 1:10, 1:10, 0], np.outer(window, window), atol=1e-6)
+    assert gaussian_matrix(11, 1.0)[0].sum() == pytest.approx(window[4:].sum())
+    assert blur(image, 0) is image

@@ -1,5 +1,6 @@
 """Models of what comes next: an order, a backbone and a head; and samplers that put them to use."""
 
+from jaxgen.generators.aligned_llama import AlignedLlama
 from jaxgen.generators.any_subset import AnySubsetModel, AnySubsetSampler
 from jaxgen.generators.axial import AxialSampler, AxialTransformer
 from jaxgen.generators.batched_sampler import BatchedSampler
@@ -34,9 +35,11 @@ from jaxgen.generators.pivoted_latent_sampler import PivotedLatentSampler
 from jaxgen.generators.prompted_llama import PromptedLlama, PromptedSampler
 from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.refined_scale_sampler import RefinedScaleSampler
+from jaxgen.generators.retrieval_llama import RetrievalLlama, RetrievalSampler
 from jaxgen.generators.scale_recurrent import ScaleRecurrentTransformer
 from jaxgen.generators.scale_refiner import ScaleRefiner
 from jaxgen.generators.searched_sampler import SearchedSampler
+from jaxgen.generators.semantic_patches import SemanticPatchModel, SemanticPatchSampler
 from jaxgen.generators.sequence_sampler import Draft, Lookup, Plain, SequenceSampler
 from jaxgen.generators.shuffled import ShuffledSampler, ShuffledTransformer
 from jaxgen.generators.speculative_image_sampler import SpeculativeImageSampler
@@ -47,7 +50,12 @@ from jaxgen.generators.supernet import SupernetTransformer, equidistant
 from jaxgen.generators.vision_language import VisionLanguageModel, VisionLanguageSampler
 
 __all__ = [
+    "AlignedLlama",
     "RandomOrderTransformer",
+    "RetrievalLlama",
+    "RetrievalSampler",
+    "SemanticPatchModel",
+    "SemanticPatchSampler",
     "ShuffledSampler",
     "ShuffledTransformer",
     "PivotedLatentSampler",

@@ -29,6 +29,7 @@ from jaxgen.generators.next_scale_sampler import check_labels
 from jaxgen.interop.calls import decode, read_params
 from jaxgen.interop.files import read_state_dict, write_safetensors
 from jaxgen.interop.mapping import Layout, Rule, linear_rules, norm_rules, reshape, to_torch
+from jaxgen.interop.vit import join_biases, split_biases, vit_block_rules
 from jaxgen.interop.vqgan import autoencoder_rules, autoencoder_sizes, fuse_attention, shape_of, split_attention
 from jaxgen.tokenizers.latents import LatentTokenizer
 
@@ -293,31 +294,18 @@ def _read(path, key):
 
 
 def _ours(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names of ours for what the authors store in other pieces: the class of "no class" is the last one, and of the biases of
-    queries, keys and values those of keys have no effect."""
-    out = {}
-    for name, array in state.items():
-        if name.endswith(".qkv.bias") and array.ndim == 1 and len(array) % 3 == 0:
-            base = name.removesuffix("qkv.bias")
-            out[f"{base}q_bias"], _, out[f"{base}v_bias"] = np.split(array, 3)
-        elif name == "class_emb.weight" and "fake_latent" in state:
-            out[name] = np.concatenate([array, state["fake_latent"]])
-        elif name != "fake_latent":
-            out[name] = array
+    """Names of ours for what the authors store in other pieces: the class of "no class" is the last one, see `split_biases`."""
+    out = split_biases(state)
+    if "fake_latent" in out and "class_emb.weight" in out:
+        out["class_emb.weight"] = np.concatenate([out["class_emb.weight"], out.pop("fake_latent")])
     return out
 
 
 def _theirs(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The inverse of `_ours`."""
-    out = {}
-    for name, array in tensors.items():
-        if name.endswith(".q_bias"):
-            base = name.removesuffix("q_bias")
-            out[f"{base}qkv.bias"] = np.concatenate([array, np.zeros_like(array), tensors[f"{base}v_bias"]])
-        elif name == "class_emb.weight":
-            out[name], out["fake_latent"] = array[:-1], array[-1:]
-        elif not name.endswith(".v_bias"):
-            out[name] = array
+    out = join_biases(tensors)
+    classes = out["class_emb.weight"]
+    out["class_emb.weight"], out["fake_latent"] = classes[:-1], classes[-1:]
     return out
 
 
@@ -347,26 +335,9 @@ def generator_rules(module: MaskedLatentTransformer) -> tuple[Rule, ...]:
         rules += [
             Rule(f"{half}_pos_embed_learned", f"{half}_position", _positions),
             *norm_rules(f"{half}_norm", f"{half}/norm"),
-            *_block_rules(f"{half}_blocks.{{i}}", f"{half}/blocks" + ("" if module.scan_layers else "_{i}"), width, heads),
+            *vit_block_rules(f"{half}_blocks.{{i}}", f"{half}/blocks" + ("" if module.scan_layers else "_{i}"), width, heads),
         ]
     return tuple(rules)
-
-
-def _block_rules(theirs: str, ours: str, d: int, h: int) -> tuple[Rule, ...]:
-    k = d // h
-    qkv = Layout(lambda x: x.T.reshape(d, 3, h, k), lambda x: x.reshape(d, 3 * d).T)
-    proj = Layout(lambda x: x.T.reshape(h, k, d), lambda x: x.reshape(d, d).T)
-    return (
-        *norm_rules(f"{theirs}.norm1", f"{ours}/norm1"),
-        Rule(f"{theirs}.attn.qkv.weight", f"{ours}/attention/qkv/kernel", qkv),
-        Rule(f"{theirs}.attn.q_bias", f"{ours}/attention/q_bias", reshape((d,), (h, k))),
-        Rule(f"{theirs}.attn.v_bias", f"{ours}/attention/v_bias", reshape((d,), (h, k))),
-        Rule(f"{theirs}.attn.proj.weight", f"{ours}/attention/proj/kernel", proj),
-        Rule(f"{theirs}.attn.proj.bias", f"{ours}/attention/proj/bias"),
-        *norm_rules(f"{theirs}.norm2", f"{ours}/norm2"),
-        *linear_rules(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc1"),
-        *linear_rules(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc2"),
-    )
 
 
 def tokenizer_rules() -> tuple[Rule, ...]:

@@ -4,6 +4,7 @@ from jaxgen.metrics.codebook import count_tokens, perplexity, usage
 from jaxgen.metrics.frechet import FeatureStats, class_accuracy, frechet_distance, precision_recall
 from jaxgen.metrics.image import psnr, ssim
 from jaxgen.metrics.image_stats import ImageStats, Reference, image_scores, npz_images, read_reference
+from jaxgen.metrics.probe import linear_probe
 from jaxgen.metrics.scaling import PowerLaw, fit_power_law
 from jaxgen.metrics.score import ScoreStats, inception_score
 
@@ -19,6 +20,7 @@ __all__ = [
     "frechet_distance",
     "image_scores",
     "inception_score",
+    "linear_probe",
     "npz_images",
     "perplexity",
     "precision_recall",

@@ -3,6 +3,7 @@
 from jaxgen.nn.adaln import AdaLNHead, Modulation, SharedModulation, layer_norm, rms_norm
 from jaxgen.nn.attention import SelfAttention, attend, attend_cached
 from jaxgen.nn.cross_attention import AttentionPool, Context, CrossAttention
+from jaxgen.nn.feature_vit import FeatureViT
 from jaxgen.nn.linear_attention import GatedDeltaNet, GatedLinearAttention, LinearAttention, Retention
 from jaxgen.nn.llama import LlamaBlock, LlamaTransformer, RotaryAttention, SwiGLU
 from jaxgen.nn.mlp import GEGLU, MLP
@@ -14,6 +15,7 @@ from jaxgen.nn.token_shuffle import TokenShuffle, TokenUnshuffle, window_order
 from jaxgen.nn.transformer import AdaLNBlock, AdaLNTransformer
 
 __all__ = [
+    "FeatureViT",
     "AttentionPool",
     "Context",
     "CrossAttention",

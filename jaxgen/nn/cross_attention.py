@@ -19,11 +19,11 @@ class Context(NamedTuple):
 
     Attributes:
       features: [b, n, c], padded to one length.
-      mask: [b, n], False on the padding; at least one entry of each row is True.
+      mask: [b, n], False on the padding; or [b, q, n], where queries see different things. Each sees at least one.
     """
 
     features: Float[Array, "b n c"]
-    mask: Bool[Array, "b n"]
+    mask: Bool[Array, "b *q n"]
 
 
 def _read(module, q: Float[Array, "b q h k"], context: Context, width: int) -> Float[Array, "b q d"]:
@@ -34,7 +34,8 @@ def _read(module, q: Float[Array, "b q h k"], context: Context, width: int) -> F
     v = v + module.param("v_bias", nn.initializers.zeros_init(), shape).astype(module.dtype)
     if module.half:
         q, k, v = map(_half, (q, k, v))
-    out = attend(q, k, v, context.mask[:, None, None])
+    mask = context.mask[:, None] if context.mask.ndim == 3 else context.mask[:, None, None]
+    out = attend(q, k, v, mask)
     out = _half(out) if module.half else out
     return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=module.out_init, dtype=module.dtype, name="proj")(out)
 

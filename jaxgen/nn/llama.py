@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.nn.attention import attend, attend_cached
+from jaxgen.nn.cross_attention import Context, CrossAttention
 from jaxgen.nn.moe import MixtureOfExperts
 from jaxgen.nn.rope import rotate
 from kernels_pallas import BlockMask
@@ -100,7 +101,10 @@ def _with_heads(mask):
 
 
 class LlamaBlock(nn.Module):
-    """x + attention(norm(x)), then the same with SwiGLU. Attributes are those of `LlamaTransformer`."""
+    """x + attention(norm(x)), then the same with SwiGLU; with a context, x + cross_attention(norm(x), context) between them.
+
+    Attributes are those of `LlamaTransformer`.
+    """
 
     heads: int
     kv_heads: int
@@ -129,6 +133,9 @@ class LlamaBlock(nn.Module):
             dtype=self.dtype,
             implementation=self.implementation,
         )
+        self.cross_norm = nn.RMSNorm(epsilon=self.eps)  # parameters of its own only where there is a context
+        inits = dict(kernel_init=nn.initializers.normal(self.init_std), out_init=nn.initializers.normal(out_std))
+        self.cross = CrossAttention(self.heads, **inits, dtype=self.dtype)
         self.mlp_norm = nn.RMSNorm(epsilon=self.eps)
         stds = dict(init_std=self.init_std, out_std=out_std, dtype=self.dtype)
         if self.experts:
@@ -137,10 +144,12 @@ class LlamaBlock(nn.Module):
             self.mlp = SwiGLU(self.hidden, **stds)
         self.drop_attention, self.drop_mlp = nn.Dropout(self.dropout), nn.Dropout(self.dropout)
 
-    def __call__(self, carry, layer, pos, mask=None, train=False):
+    def __call__(self, carry, layer, pos, mask=None, train=False, context: Context | None = None):
         """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
         x, cache = carry
         x, cache = self.attend(x, pos, cache, layer, mask, train=train)
+        if context is not None:
+            x = x + self.cross(self.cross_norm(x).astype(self.dtype), context).astype(x.dtype)
         return (self.feed_forward(x, train=train), cache), None
 
     def attend(self, x, pos, cache=None, layer=0, mask=None, *, stage: bool = True, train: bool = False):
@@ -221,7 +230,7 @@ class LlamaTransformer(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, *(nn.broadcast,) * 4),
                 length=self.depth,
             )
             self.stack = stack(**fields, name="blocks")
@@ -237,6 +246,7 @@ class LlamaTransformer(nn.Module):
         *,
         layers: tuple[int, int] | None = None,
         active: Bool[Array, "*l n"] | None = None,
+        context: Context | None = None,
         train: bool = False,
     ):
         """(x, cache) after the blocks.
@@ -249,6 +259,7 @@ class LlamaTransformer(nn.Module):
           layers: the first block and the one after the last; None is all.
           active: which of the n blocks run: [n] for the whole call, the others cost nothing; or [l, n], where position i passes
             the blocks that are not its own, which saves nothing and is for training.
+          context: what every block asks, too, see `CrossAttention`.
           train: drops; needs the rng stream "dropout".
 
         Raises:
@@ -261,14 +272,14 @@ class LlamaTransformer(nn.Module):
         if self.scan_layers:
             if (first, last) != (0, self.depth) or active is not None:
                 raise ValueError(f"layers={layers}: scanned blocks run all together; set scan_layers=False")
-            return self.stack((x, cache), self.first_layer + jnp.arange(self.depth), pos, mask, train)[0]
+            return self.stack((x, cache), self.first_layer + jnp.arange(self.depth), pos, mask, train, context)[0]
         for i in range(first, last):
-            x, cache = self._block(i, x, pos, cache, mask, active, train)
+            x, cache = self._block(i, x, pos, cache, mask, active, train, context)
         return x, cache
 
-    def _block(self, i: int, x, pos, cache, mask, active, train: bool):
+    def _block(self, i: int, x, pos, cache, mask, active, train: bool, context):
         def run(block, x, cache):
-            return block((x, cache), self.first_layer + i, pos, mask, train)[0]
+            return block((x, cache), self.first_layer + i, pos, mask, train, context)[0]
 
         if active is None:
             return run(self.blocks[i], x, cache)

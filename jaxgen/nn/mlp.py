@@ -37,10 +37,13 @@ class MLP(nn.Module):
 class GEGLU(nn.Module):
     """(gelu(x W1) * x W3) W2 with biases, and GELU by the error function (Shazeer 2020, equation 6).
 
-    Attributes: see `MLP`.
+    Attributes:
+      silu: in place of GELU, which makes it SwiGLU.
+      hidden, kernel_init, out_init, dtype: see `MLP`.
     """
 
     hidden: int
+    silu: bool = False
     kernel_init: Any = nn.initializers.xavier_uniform()
     out_init: Any = nn.initializers.xavier_uniform()
     dtype: Any = jnp.float32
@@ -49,5 +52,5 @@ class GEGLU(nn.Module):
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         gate = nn.Dense(self.hidden, kernel_init=self.kernel_init, dtype=self.dtype, name="gate_fc1")(x)
         h = nn.Dense(self.hidden, kernel_init=self.kernel_init, dtype=self.dtype, name="fc1")(x)
-        h = nn.gelu(gate, approximate=False) * h
+        h = (nn.silu(gate) if self.silu else nn.gelu(gate, approximate=False)) * h
         return nn.Dense(x.shape[-1], kernel_init=self.out_init, dtype=self.dtype, name="fc2")(h)

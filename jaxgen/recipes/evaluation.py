@@ -19,7 +19,15 @@ from jaxgen.recipe import modules
 from jaxgen.recipes.image_quality import observe
 from jaxgen.train import spread, to_host
 
-__all__ = ["evaluate_images", "held_out", "measure_reconstruction", "measure_samples", "real_features", "sample_many"]
+__all__ = [
+    "evaluate_images",
+    "held_out",
+    "measure_reconstruction",
+    "measure_samples",
+    "read_images",
+    "real_features",
+    "sample_many",
+]
 
 
 def held_out(data: DataConfig, *, batch_size: int, limit: int, split: str = "test") -> Iterator[dict[str, np.ndarray]]:
@@ -94,7 +102,7 @@ def real_features(classifier, variables, data: DataConfig, *, split: str, batch_
     """(features [n, d], logits [n, v], labels [n]) of real images under a classifier."""
     parts = []
     for batch in held_out(data, batch_size=batch_size, limit=limit, split=split):
-        parts.append((*_read(classifier, variables, pixels(batch["image"])), batch["label"]))
+        parts.append((*read_images(classifier, variables, pixels(batch["image"])), batch["label"]))
     return tuple(np.concatenate(column) for column in zip(*parts))
 
 
@@ -120,7 +128,7 @@ def measure_samples(
     """
     real, _, _ = real_features(classifier, variables, data, split="train", limit=limit)
     test, logits, truth = real_features(classifier, variables, data, split="test", limit=limit)
-    parts = [_read(classifier, variables, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    parts = [read_images(classifier, variables, images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     features, sampled_logits = (np.concatenate(column) for column in zip(*parts))
     stats = metrics.FeatureStats.of(real)
     precision, recall = metrics.precision_recall(real, features)
@@ -138,7 +146,8 @@ def measure_samples(
     }
 
 
-def _read(classifier, variables, images) -> tuple[np.ndarray, np.ndarray]:
+def read_images(classifier, variables, images) -> tuple[np.ndarray, np.ndarray]:
+    """(Features [n, d], logits [n, v]) of images in [-1, 1] under a classifier."""
     features, logits = _apply(classifier, variables, jnp.asarray(images))
     return np.asarray(features), np.asarray(logits)
 
