@@ -10,13 +10,14 @@ from jaxgen.decoding.counterfactual import Factual, Hindsight, hindsight, interv
 from jaxgen.decoding.density import PathDensity
 from jaxgen.decoding.economy import SkipDecode, SkipFeedForward
 from jaxgen.decoding.feature_drafts import BeamDrafts, BlockDrafts, designed_tree
-from jaxgen.decoding.grammar import constrain
+from jaxgen.decoding.grammar import Automaton, constrain
 from jaxgen.decoding.groups import Groups, sample_groups
 from jaxgen.decoding.guidance import Guided, GuidedCache, cosine_ramp, guide, scale_ramp
 from jaxgen.decoding.head_aware import HeadPlan, attention_variance, classify_heads, replay, split_budget
 from jaxgen.decoding.head_aware_cache import HeadAwareCache
 from jaxgen.decoding.hierarchical import Hierarchical, Reread, Retrieved
 from jaxgen.decoding.jacobi import Jacobi
+from jaxgen.decoding.jpeg import JpegGrammar
 from jaxgen.decoding.kernels import GuidedUnmask, Unmask, UnmaskVectors
 from jaxgen.decoding.mask_drafts import MaskDrafts
 from jaxgen.decoding.masked_latents import sample_latents
@@ -74,6 +75,7 @@ __all__ = [
     "Bigrams",
     "Agreement",
     "Ancestral",
+    "Automaton",
     "Batcher",
     "BeamDrafts",
     "BlockDrafts",
@@ -100,6 +102,7 @@ __all__ = [
     "Hindsight",
     "HybridCache",
     "Jacobi",
+    "JpegGrammar",
     "KSeq",
     "KVCache",
     "Kept",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from jaxgen.decoding.grammar import Automaton
 from jaxgen.decoding.guidance import Guided, guide
 from jaxgen.decoding.next_scale import Settings
 from jaxgen.decoding.noise import gumbel
@@ -31,6 +32,8 @@ def sample_tokens(
     key: Key[Array, ""],
     settings: Settings = Settings(),
     merged: bool = False,
+    grammar: Automaton | None = None,
+    stop: int | None = None,
 ) -> Int[Array, "b l"]:
     """Samples the order's tokens, those of a step all at once, w of them at most.
 
@@ -49,27 +52,45 @@ def sample_tokens(
       key: row i's noise depends on the key, i and the position only.
       settings: `cfg` is the weight t in (1 + t) conditional - t unconditional, one number or one for each position, [l].
       merged: a call leaves one position in the cache, whatever it reads; the order's steps are of one size.
+      grammar: what may be sampled after what; one position a step.
+      stop: a token that ends a row: all that follows is this token, and once all rows have ended there are no more calls. One
+        position a step.
 
     Raises:
-      ValueError: `merged` with steps of several sizes.
+      ValueError: `merged` with steps of several sizes; `grammar` or `stop` with steps of several positions.
     """
     if merged and len(set(order.sizes)) > 1:
         raise ValueError(f"merged=True: expected steps of one size, not {sorted(set(order.sizes))}")
+    if max(order.sizes) > 1 and (grammar is not None or stop is not None):
+        raise ValueError(f"grammar and stop read one token a step; this order has steps of {max(order.sizes)}")
     guided, rows, width = guide(step), jnp.arange(batch), max(order.sizes)
     cache = dataclasses.replace(cache, length=jnp.int32(cache.length))
     starts, reads = jnp.asarray((0, *order.ends[:-1])), jnp.asarray((1, *order.sizes[:-1]))
     place, weights = np.arange(width), jnp.broadcast_to(settings.cfg, (order.length,))
 
     def one(k, carry):
-        tokens, cache = carry
+        tokens, cache, state, ended = carry
         before = jax.lax.dynamic_slice_in_dim(tokens, starts[jnp.maximum(k - 1, 0)], width, axis=1)
         pos = starts[k] + place
         mask = None if merged or width == 1 else jnp.broadcast_to(place < reads[k], (width, width))
         out, cache = guided(params, cache, View(before, pos, mask, k), Guided(cond, weights[pos][:, None]))
-        logits = truncate(out.params, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
+        logits = out.params if grammar is None else jnp.where(grammar.allowed(state)[:, None], out.params, -jnp.inf)
+        logits = truncate(logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         ids = jnp.argmax(logits + gumbel(key, rows, pos, logits.shape[-1]), axis=-1).astype(jnp.int32)
-        return jax.lax.dynamic_update_slice_in_dim(tokens, ids, starts[k], axis=1), cache.commit(1 if merged else reads[k])
+        if stop is not None:
+            ids = jnp.where(ended[:, None], stop, ids)
+            ended = ids[:, 0] == stop
+        if grammar is not None:
+            state = grammar.move(state, ids[:, 0])
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, ids, starts[k], axis=1)
+        return tokens, cache.commit(1 if merged else reads[k]), state, ended
 
-    tokens = jnp.zeros((batch, order.length + width - 1), jnp.int32)
-    tokens, _ = jax.lax.fori_loop(0, order.steps, one, (tokens, cache))
+    tokens = jnp.full((batch, order.length + width - 1), stop or 0, jnp.int32)
+    first = tokens, cache, None if grammar is None else grammar.begin((batch,)), jnp.zeros((batch,), bool)
+    if stop is None:
+        tokens, *_ = jax.lax.fori_loop(0, order.steps, one, first)
+    else:
+        _, (tokens, *_) = jax.lax.while_loop(
+            lambda loop: (loop[0] < order.steps) & ~loop[1][3].all(), lambda loop: (loop[0] + 1, one(*loop)), (0, first)
+        )
     return tokens[:, : order.length]

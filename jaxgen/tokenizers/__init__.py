@@ -1,8 +1,20 @@
 """Data <-> tokens or latents."""
 
+from jaxgen.tokenizers.bytes import ByteTokenizer, PixelCodec
 from jaxgen.tokenizers.conv import ConvDecoder, ConvEncoder
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.frequency import FrequencyTokenizer
+from jaxgen.tokenizers.jpeg import JpegCodec
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer, Reconstruction
 
-__all__ = ["ConvDecoder", "ConvEncoder", "FlexibleTokenizer", "FrequencyTokenizer", "MultiScaleTokenizer", "Reconstruction"]
+__all__ = [
+    "ByteTokenizer",
+    "ConvDecoder",
+    "ConvEncoder",
+    "FlexibleTokenizer",
+    "FrequencyTokenizer",
+    "JpegCodec",
+    "MultiScaleTokenizer",
+    "PixelCodec",
+    "Reconstruction",
+]
