@@ -62,8 +62,8 @@ def compare_files(
     )
     notes = (
         "`opens`: share of samples of the last seed that Pillow opens, which mends much; `valid`: whose every block and marker "
-        "is there. Detail is the mean squared difference of neighbouring pixels, as a share of the real images'. Samples that are "
-        "not valid count as grey pictures in all measures."
+        "is there. Detail is the mean squared difference of neighbouring pixels, as a share of the real images'. Samples that "
+        "are not valid count as grey pictures in all measures."
     )
     return claim._replace(notes=f"{claim.notes} {notes}")
 

@@ -105,8 +105,8 @@ class H264Codec:
 
     @functools.cached_property
     def table(self) -> Int[np.ndarray, "n 257"]:
-        """The automaton of units for `jaxgen.decoding.constrain` (ITU-T H.264, annex B): as many as frames, each with its own first
-        byte, start codes between them and none inside, and `END` behind the last.
+        """The automaton of units for `jaxgen.decoding.constrain` (ITU-T H.264, annex B): as many as frames, each with its own
+        first byte, start codes between them and none inside, and `END` behind the last.
 
         The bits inside of a unit are not checked: what they mean depends on all that was decoded before.
         """
