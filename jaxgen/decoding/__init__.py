@@ -23,7 +23,7 @@ from jaxgen.decoding.mask_drafts import MaskDrafts
 from jaxgen.decoding.masked_latents import sample_latents
 from jaxgen.decoding.masked_scale import check_passes, redraw
 from jaxgen.decoding.next_scale import Draft, Kept, Known, Settings, ramped, sample_scales
-from jaxgen.decoding.next_token import sample_tokens
+from jaxgen.decoding.next_token import Drawn, begin_tokens, draw_tokens, sample_tokens
 from jaxgen.decoding.next_x import sample_entities
 from jaxgen.decoding.noise import gumbel, uniform
 from jaxgen.decoding.proposers import DraftModel, NGram
@@ -86,6 +86,7 @@ __all__ = [
     "Detection",
     "Draft",
     "DraftModel",
+    "Drawn",
     "DualCache",
     "Each",
     "EntropyBound",
@@ -153,6 +154,7 @@ __all__ = [
     "View",
     "Whole",
     "apply_sampling",
+    "begin_tokens",
     "branches",
     "chain",
     "chain_law",
@@ -167,6 +169,7 @@ __all__ = [
     "decoy_p_value",
     "designed_tree",
     "detect",
+    "draw_tokens",
     "exposing",
     "green_lists",
     "green_of_pairs",

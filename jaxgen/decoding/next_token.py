@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from jaxgen.decoding.grammar import Automaton
 from jaxgen.decoding.guidance import Guided, guide
@@ -18,7 +18,23 @@ from jaxgen.decoding.step import StepFn, View
 from jaxgen.decoding.transforms import truncate
 from jaxgen.orders import Order
 
-__all__ = ["sample_tokens"]
+__all__ = ["Drawn", "begin_tokens", "draw_tokens", "sample_tokens"]
+
+
+class Drawn(NamedTuple):
+    """What has been drawn, and what the next step needs to know.
+
+    Attributes:
+      tokens: [b, l + w - 1] for steps of at most w tokens; what has not been drawn means nothing.
+      cache: of the model.
+      state: of the grammar, None without one.
+      ended: rows that the stop token has ended.
+    """
+
+    tokens: Int[Array, "b l"]
+    cache: Any
+    state: Any
+    ended: Bool[Array, "b"]
 
 
 def sample_tokens(
@@ -63,13 +79,46 @@ def sample_tokens(
         raise ValueError(f"merged=True: expected steps of one size, not {sorted(set(order.sizes))}")
     if max(order.sizes) > 1 and (grammar is not None or stop is not None):
         raise ValueError(f"grammar and stop read one token a step; this order has steps of {max(order.sizes)}")
-    guided, rows, width = guide(step), jnp.arange(batch), max(order.sizes)
+    fields = dict(order=order, grammar=grammar, stop=stop)
+    drawn = begin_tokens(cache, batch, **fields)
+    drawn = draw_tokens(
+        step, drawn, 0, order.steps, params=params, cond=cond, key=key, settings=settings, merged=merged, **fields
+    )
+    return drawn.tokens[:, : order.length]
+
+
+def begin_tokens(
+    cache: Any, batch: int, *, order: Order, grammar: Automaton | None = None, stop: int | None = None
+) -> Drawn:
+    """Nothing drawn yet; arguments are those of `sample_tokens`."""
+    tokens = jnp.full((batch, order.length + max(order.sizes) - 1), stop or 0, jnp.int32)
     cache = dataclasses.replace(cache, length=jnp.int32(cache.length))
+    return Drawn(tokens, cache, None if grammar is None else grammar.begin((batch,)), jnp.zeros((batch,), bool))
+
+
+def draw_tokens(
+    step: StepFn,
+    drawn: Drawn,
+    first: int | Int[Array, ""],
+    last: int | Int[Array, ""],
+    *,
+    params: Any,
+    cond: Any,
+    order: Order,
+    key: Key[Array, ""],
+    settings: Settings = Settings(),
+    merged: bool = False,
+    grammar: Automaton | None = None,
+    stop: int | None = None,
+) -> Drawn:
+    """Draws the steps from `first` up to `last`, which may be traced; other arguments are those of `sample_tokens`."""
+    batch, width = drawn.tokens.shape[0], max(order.sizes)
+    guided, rows = guide(step), jnp.arange(batch)
     starts, reads = jnp.asarray((0, *order.ends[:-1])), jnp.asarray((1, *order.sizes[:-1]))
     place, weights = np.arange(width), jnp.broadcast_to(settings.cfg, (order.length,))
 
-    def one(k, carry):
-        tokens, cache, state, ended = carry
+    def one(k, drawn):
+        tokens, cache, state, ended = drawn
         before = jax.lax.dynamic_slice_in_dim(tokens, starts[jnp.maximum(k - 1, 0)], width, axis=1)
         pos = starts[k] + place
         mask = None if merged or width == 1 else jnp.broadcast_to(place < reads[k], (width, width))
@@ -83,14 +132,12 @@ def sample_tokens(
         if grammar is not None:
             state = grammar.move(state, ids[:, 0])
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, ids, starts[k], axis=1)
-        return tokens, cache.commit(1 if merged else reads[k]), state, ended
+        return Drawn(tokens, cache.commit(1 if merged else reads[k]), state, ended)
 
-    tokens = jnp.full((batch, order.length + width - 1), stop or 0, jnp.int32)
-    first = tokens, cache, None if grammar is None else grammar.begin((batch,)), jnp.zeros((batch,), bool)
     if stop is None:
-        tokens, *_ = jax.lax.fori_loop(0, order.steps, one, first)
-    else:
-        _, (tokens, *_) = jax.lax.while_loop(
-            lambda loop: (loop[0] < order.steps) & ~loop[1][3].all(), lambda loop: (loop[0] + 1, one(*loop)), (0, first)
-        )
-    return tokens[:, : order.length]
+        return jax.lax.fori_loop(first, last, one, drawn)
+
+    def running(loop):
+        return (loop[0] < last) & ~loop[1].ended.all()
+
+    return jax.lax.while_loop(running, lambda loop: (loop[0] + 1, one(*loop)), (jnp.int32(first), drawn))[1]

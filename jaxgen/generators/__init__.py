@@ -5,6 +5,7 @@ from jaxgen.generators.batched_sampler import BatchedSampler
 from jaxgen.generators.bitwise_scale import BitwiseScaleTransformer, TextCondition
 from jaxgen.generators.bitwise_scale_sampler import BitwiseScaleSampler
 from jaxgen.generators.block_diffusion import BlockDiffusionTransformer
+from jaxgen.generators.diffusion_sampler import DiffusionSampler
 from jaxgen.generators.feature_drafter import FeatureDrafter
 from jaxgen.generators.flexible import FlexibleSampler, FlexibleTransformer
 from jaxgen.generators.flow_scale import FlowScaleTransformer
@@ -69,6 +70,7 @@ __all__ = [
     "AnySubsetModel",
     "BatchedSampler",
     "BlockDiffusionTransformer",
+    "DiffusionSampler",
     "Draft",
     "ImageLlama",
     "LanguageModel",

@@ -2,7 +2,7 @@
 
 from jaxgen.metrics.codebook import count_tokens, perplexity, usage
 from jaxgen.metrics.frechet import FeatureStats, class_accuracy, frechet_distance, inception_score, precision_recall
-from jaxgen.metrics.image import psnr, ssim
+from jaxgen.metrics.image import detail, psnr, ssim
 from jaxgen.metrics.scaling import PowerLaw, fit_power_law
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PowerLaw",
     "class_accuracy",
     "count_tokens",
+    "detail",
     "fit_power_law",
     "frechet_distance",
     "inception_score",

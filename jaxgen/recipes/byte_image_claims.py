@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from jaxgen.data import make_source, pixels
 from jaxgen.data.transforms import Preprocess
-from jaxgen.metrics import psnr
+from jaxgen.metrics import detail, psnr
 from jaxgen.recipe import Recipe, modules
 from jaxgen.recipes import claims
 from jaxgen.recipes.byte_images import ByteImageConfig, CodecConfig
@@ -20,7 +20,7 @@ from jaxgen.recipes.claims import Claim
 from jaxgen.recipes.image_llama import ImageLlamaConfig
 from jaxgen.tokenizers.bytes import from_tokens
 
-__all__ = ["compare_files", "detail", "in_pixels", "rarest"]
+__all__ = ["compare_files", "in_pixels", "rarest"]
 
 
 def in_pixels(config: ByteImageConfig) -> ByteImageConfig:
@@ -75,11 +75,6 @@ def rarest(config: ByteImageConfig, share: float = 0.1) -> Float[np.ndarray, "n 
     means = {label: train[0][train[1] == label].mean(0) for label in set(train[1].tolist())}
     far = np.array([np.square(image - means[int(label)]).mean() for image, label in zip(*test)])
     return test[0][np.argsort(-far)[: max(1, round(share * len(far)))]]
-
-
-def detail(images: Float[np.ndarray, "n H W C"]) -> float:
-    """The mean squared difference of neighbouring pixels."""
-    return float(np.square(np.diff(images, axis=1)).mean() + np.square(np.diff(images, axis=2)).mean())
 
 
 def _images(data, split: str, limit: int = 5000):

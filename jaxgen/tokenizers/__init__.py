@@ -2,6 +2,7 @@
 
 from jaxgen.tokenizers.bytes import ByteTokenizer, PixelCodec
 from jaxgen.tokenizers.conv import ConvDecoder, ConvEncoder
+from jaxgen.tokenizers.diffusion import DiffusionTokenizer
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.frequency import FrequencyTokenizer
 from jaxgen.tokenizers.jpeg import JpegCodec
@@ -11,6 +12,7 @@ __all__ = [
     "ByteTokenizer",
     "ConvDecoder",
     "ConvEncoder",
+    "DiffusionTokenizer",
     "FlexibleTokenizer",
     "FrequencyTokenizer",
     "JpegCodec",
