@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from configs import jpeg_lm, llamagen
+from configs import jpeg_lm, llamagen, var
 from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
@@ -119,7 +119,7 @@ def _published(size: str) -> DiffusionTokensConfig:
     """ImageNet at 256 pixels, bf16: their tokenizer's configuration, and LlamaGen's models and schedule.
 
     The tokenizer's losses besides flow matching and codes are LPIPS here, weighted as theirs; they also have an alignment with
-    DINOv2. How many updates it got is not said in their code, whose script stands at 1000 epochs and is stopped by hand.
+    DINOv2. How long it was trained is not said in their code, whose script never ends by itself: here LlamaGen's 40 epochs.
     """
     width, depth, heads, hidden, _ = llamagen.PUBLISHED[size]
     base = llamagen.published(width, depth, heads, hidden, 16)
@@ -127,7 +127,7 @@ def _published(size: str) -> DiffusionTokensConfig:
         data=base.data,
         tokenizer=DiffusionTokenizerConfig(scan_layers=True, remat=True, dtype="bfloat16"),
         tokenizer_train=DiffusionTokenizerTrainConfig(
-            steps=210_000 * 256 // 512,
+            steps=40 * var.IMAGENET_TRAIN // 512,
             batch_size=512,
             ema=0.9999,
             optim=OptimConfig(lr=2e-4, warmup_steps=500, schedule="constant", weight_decay=0.0, b2=0.95, clip=1.0),

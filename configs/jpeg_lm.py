@@ -58,7 +58,7 @@ def build(variant: str) -> ByteImageConfig:
         model=ImageLlamaModelConfig(
             width=16 if smoke else 96, depth=2 if smoke else 3, heads=2 if smoke else 4, token_dropout=0.1, dropout=0.1
         ),
-        model_train=ModelTrainConfig(steps=10 if smoke else 350, batch_size=16 if smoke else 64, ema=0.98, optim=optim),
+        model_train=ModelTrainConfig(steps=10 if smoke else 800, batch_size=16 if smoke else 64, ema=0.98, optim=optim),
         classifier=ClassifierConfig(steps=10 if smoke else 150, batch_size=16 if smoke else 128, width=8, lr=5e-3),
         run=RunConfig(save_every=500, eval_every=500),
     )
