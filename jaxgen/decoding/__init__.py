@@ -10,19 +10,20 @@ from jaxgen.decoding.counterfactual import Factual, Hindsight, hindsight, interv
 from jaxgen.decoding.density import PathDensity
 from jaxgen.decoding.economy import SkipDecode, SkipFeedForward
 from jaxgen.decoding.feature_drafts import BeamDrafts, BlockDrafts, designed_tree
-from jaxgen.decoding.grammar import constrain
+from jaxgen.decoding.grammar import Automaton, constrain
 from jaxgen.decoding.groups import Groups, sample_groups
 from jaxgen.decoding.guidance import Guided, GuidedCache, cosine_ramp, guide, scale_ramp
 from jaxgen.decoding.head_aware import HeadPlan, attention_variance, classify_heads, replay, split_budget
 from jaxgen.decoding.head_aware_cache import HeadAwareCache
 from jaxgen.decoding.hierarchical import Hierarchical, Reread, Retrieved
 from jaxgen.decoding.jacobi import Jacobi
+from jaxgen.decoding.jpeg import JpegGrammar
 from jaxgen.decoding.kernels import GuidedUnmask, Unmask, UnmaskVectors
 from jaxgen.decoding.mask_drafts import MaskDrafts
 from jaxgen.decoding.masked_latents import sample_latents
 from jaxgen.decoding.masked_scale import check_passes, redraw
 from jaxgen.decoding.next_scale import Draft, Kept, Known, Settings, ramped, sample_scales
-from jaxgen.decoding.next_token import sample_tokens
+from jaxgen.decoding.next_token import Drawn, begin_tokens, draw_tokens, sample_tokens
 from jaxgen.decoding.next_x import sample_entities
 from jaxgen.decoding.noise import gumbel, uniform
 from jaxgen.decoding.proposers import DraftModel, NGram
@@ -75,6 +76,7 @@ __all__ = [
     "Bigrams",
     "Agreement",
     "Ancestral",
+    "Automaton",
     "Batcher",
     "BeamDrafts",
     "BlockDrafts",
@@ -85,6 +87,7 @@ __all__ = [
     "Detection",
     "Draft",
     "DraftModel",
+    "Drawn",
     "DualCache",
     "Each",
     "EntropyBound",
@@ -101,6 +104,7 @@ __all__ = [
     "Hindsight",
     "HybridCache",
     "Jacobi",
+    "JpegGrammar",
     "KSeq",
     "KVCache",
     "Kept",
@@ -151,6 +155,7 @@ __all__ = [
     "View",
     "Whole",
     "apply_sampling",
+    "begin_tokens",
     "branches",
     "chain",
     "chain_law",
@@ -165,6 +170,7 @@ __all__ = [
     "decoy_p_value",
     "designed_tree",
     "detect",
+    "draw_tokens",
     "exposing",
     "green_lists",
     "green_of_pairs",

@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, Protocol
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.decoding.speculate import Context
 
-__all__ = ["FORBIDDEN", "check_automaton", "constrain", "states_after"]
+__all__ = ["FORBIDDEN", "Automaton", "check_automaton", "constrain", "states_after"]
 
 FORBIDDEN = -1
+
+PyTree = Any
+
+
+class Automaton(Protocol):
+    """A grammar whose states are too many for a table, and are worked out instead. Its state is a pytree of arrays [*s]."""
+
+    def begin(self, shape: tuple[int, ...]) -> PyTree:
+        """The state before the first token, in arrays of `shape`."""
+
+    def move(self, state: PyTree, token: Int[Array, "*s"]) -> PyTree:
+        """The state after a token. One that is forbidden leads to a state without a way on, which allows everything."""
+
+    def allowed(self, state: PyTree) -> Bool[Array, "*s v"]:
+        """The tokens that may follow; some always may."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Table:
+    """The automaton of a table."""
+
+    table: Int[Array, "n v"]
+    start: Any
+
+    def begin(self, shape):
+        return jnp.broadcast_to(jnp.asarray(self.start, jnp.int32), shape)
+
+    def move(self, state, token):
+        return jnp.where(state >= 0, self.table[jnp.maximum(state, 0), token], FORBIDDEN)
+
+    def allowed(self, state):
+        return (self.table[jnp.maximum(state, 0)] >= 0) | (state < 0)[..., None]
 
 
 def constrain(
     logits: Float[Array, "b q v"],
     context: Context,
     *,
-    table: Int[Array, "n v"],
+    table: Int[Array, "n v"] | Automaton,
     begin: int | Int[Array, "b"],
     start: int | Int[Array, "b"] = 0,
 ) -> Float[Array, "b q v"]:
@@ -35,7 +70,7 @@ def constrain(
       logits: of the law.
       context: what came before.
       table: the state after each state and token, `FORBIDDEN` where there is none. Every state allows some token: let
-        the stop token lead from a final state to itself.
+        the stop token lead from a final state to itself. Or an `Automaton`, which has its own first state.
       begin: the place of the first token that the grammar reads, which is the length of the prompt.
       start: the state before it.
 
@@ -47,30 +82,31 @@ def constrain(
       >>> import functools
       >>> transform = functools.partial(constrain, table=even, begin=1)
     """
-    check_automaton(table, start)
-    if table.shape[1] != logits.shape[-1]:
-        raise ValueError(f"table {table.shape}: expected a column for each of the {logits.shape[-1]} tokens")
-    states = states_after(context, jnp.asarray(table, jnp.int32), begin=begin, start=start)
-    allowed = jnp.asarray(table)[jnp.maximum(states, 0)] >= 0
-    return jnp.where(allowed | (states < 0)[..., None], logits.astype(jnp.float32), -jnp.inf)
+    if hasattr(table, "shape"):
+        check_automaton(table, start)
+        if table.shape[1] != logits.shape[-1]:
+            raise ValueError(f"table {table.shape}: expected a column for each of the {logits.shape[-1]} tokens")
+    automaton = _automaton(table, start)
+    allowed = automaton.allowed(states_after(context, automaton, begin=begin))
+    return jnp.where(allowed, logits.astype(jnp.float32), -jnp.inf)
 
 
 def states_after(
-    context: Context, table: Int[Array, "n v"], *, begin: int | Int[Array, "b"], start: int | Int[Array, "b"] = 0
-) -> Int[Array, "b q"]:
-    """The state in which each query's law is asked for, or `FORBIDDEN`. Reads the sequence: one look-up a token."""
-    seq, path = context.seq, context.path
-    begin, state = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), seq.length.shape) for x in (begin, start))
+    context: Context, table: Int[Array, "n v"] | Automaton, *, begin: int | Int[Array, "b"], start: int | Int[Array, "b"] = 0
+) -> PyTree:
+    """The state in which each query's law is asked for, [b, q]; of a table `FORBIDDEN` where there is none. Reads the sequence:
+    one move a token."""
+    seq, path, automaton = context.seq, context.path, _automaton(table, start)
+    begin = jnp.broadcast_to(jnp.asarray(begin, jnp.int32), seq.length.shape)
 
     def read(i, state):
-        inside = (i >= begin) & (i < seq.length)
-        return jnp.where(inside, _move(table, state, seq.tokens[:, i]), state)
+        return _where((i >= begin) & (i < seq.length), automaton.move(state, seq.tokens[:, i]), state)
 
-    state = jax.lax.fori_loop(begin.min(), seq.length.max(), read, state)
-    state = jnp.broadcast_to(state[:, None], path.shape[:2])
+    state = jax.lax.fori_loop(begin.min(), seq.length.max(), read, automaton.begin(seq.length.shape))
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], path.shape[:2]), state)
     for depth in range(1, path.shape[2]):  # the root is certain
         token = path[:, :, depth]
-        state = jnp.where(token >= 0, _move(table, state, jnp.maximum(token, 0)), state)
+        state = _where(token >= 0, automaton.move(state, jnp.maximum(token, 0)), state)
     return state
 
 
@@ -97,5 +133,9 @@ def check_automaton(table, start=0) -> None:
             raise ValueError(f"start={start}: must be a state in 0..{n - 1}")
 
 
-def _move(table, state, token):
-    return jnp.where(state >= 0, table[jnp.maximum(state, 0), token], FORBIDDEN)
+def _automaton(table, start) -> Automaton:
+    return _Table(jnp.asarray(table, jnp.int32), start) if hasattr(table, "shape") else table
+
+
+def _where(condition, yes, no):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), yes, no)

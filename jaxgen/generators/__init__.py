@@ -9,6 +9,7 @@ from jaxgen.generators.bitwise_scale_sampler import BitwiseScaleSampler
 from jaxgen.generators.block_diffusion import BlockDiffusionTransformer
 from jaxgen.generators.coarse_to_fine import CoarseToFineLlama
 from jaxgen.generators.coarse_to_fine_sampler import CoarseToFineSampler
+from jaxgen.generators.diffusion_sampler import DiffusionSampler
 from jaxgen.generators.feature_drafter import FeatureDrafter
 from jaxgen.generators.flexible import FlexibleSampler, FlexibleTransformer
 from jaxgen.generators.flow_scale import FlowScaleTransformer
@@ -86,6 +87,7 @@ __all__ = [
     "BlockDiffusionTransformer",
     "CoarseToFineLlama",
     "CoarseToFineSampler",
+    "DiffusionSampler",
     "Draft",
     "ImageLlama",
     "LanguageModel",

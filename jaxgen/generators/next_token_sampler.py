@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from jaxgen.decoding import Settings, check_settings, sample_tokens
+from jaxgen.decoding import Automaton, Settings, check_settings, sample_tokens
 from jaxgen.generators.image_llama import ImageLlama
 from jaxgen.generators.next_scale_sampler import check_labels
 from jaxgen.generators.next_token import NextTokenTransformer
@@ -30,10 +30,14 @@ class NextTokenSampler:
     Attributes:
       generator: predicts the tokens: `NextTokenTransformer`, `ImageLlama`, `NeighbourLlama` or `RandomOrderTransformer`.
       tokenizer: of one scale; turns them into pictures. None where tokens are all that is wanted.
+      grammar: what may follow what, see `sample_tokens`; hashable.
+      stop: a token that ends a row, see `sample_tokens`.
     """
 
     generator: NextTokenTransformer | ImageLlama | RandomOrderTransformer
     tokenizer: MultiScaleTokenizer | FlexibleTokenizer | None
+    grammar: Automaton | None = None
+    stop: int | None = None
 
     merged = False  # see `sample_tokens`; a fact of the class, not a field
 
@@ -100,6 +104,8 @@ class NextTokenSampler:
             key=key,
             settings=settings,
             merged=self.merged,
+            grammar=self.grammar,
+            stop=self.stop,
         )
 
     @functools.partial(jax.jit, static_argnums=0)

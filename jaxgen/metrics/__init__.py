@@ -2,7 +2,7 @@
 
 from jaxgen.metrics.codebook import count_tokens, perplexity, usage
 from jaxgen.metrics.frechet import FeatureStats, class_accuracy, frechet_distance, precision_recall
-from jaxgen.metrics.image import psnr, ssim
+from jaxgen.metrics.image import detail, psnr, ssim
 from jaxgen.metrics.image_stats import ImageStats, Reference, image_scores, npz_images, read_reference
 from jaxgen.metrics.probe import linear_probe
 from jaxgen.metrics.scaling import PowerLaw, fit_power_law
@@ -16,6 +16,7 @@ __all__ = [
     "ScoreStats",
     "class_accuracy",
     "count_tokens",
+    "detail",
     "fit_power_law",
     "frechet_distance",
     "image_scores",

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["psnr", "ssim"]
+__all__ = ["detail", "psnr", "ssim"]
 
 
 def _check(a, b, data_range: float) -> None:
@@ -89,3 +89,8 @@ def ssim(
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * cov + c2) / (var_a + var_b + c2)
     return (luminance * structure).mean(axis=(1, 2, 3))
+
+
+def detail(images: Float[np.ndarray, "n H W C"]) -> float:
+    """The mean squared difference of neighbouring pixels, down and across: small for pictures that are blurred."""
+    return float(np.square(np.diff(images, axis=1)).mean() + np.square(np.diff(images, axis=2)).mean())

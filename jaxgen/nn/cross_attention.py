@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxgen.nn.attention import attend
+from jaxgen.nn.rope import rotate
 
 __all__ = ["AttentionPool", "Context", "CrossAttention"]
 
@@ -61,13 +62,14 @@ class CrossAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], context: Context) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], context: Context, coords=None) -> Float[Array, "b l d"]:
+        """What each position reads. With `coords`, places [l, n], queries turn (see `rotate`); keys have no places."""
         width = x.shape[-1]
         if width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width {width}")
         shape = (self.heads, width // self.heads)
         q = nn.DenseGeneral(shape, kernel_init=self.kernel_init, dtype=self.dtype, name="q")(x)
-        return _read(self, q, context, width)
+        return _read(self, q if coords is None else rotate(q, jnp.asarray(coords)[None]), context, width)
 
 
 class AttentionPool(nn.Module):

@@ -32,7 +32,7 @@ class ViTBlock(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x, mask=None, train: bool = False, vectors=None, task: int = 0):
+    def __call__(self, x, mask=None, train: bool = False, vectors=None, task: int = 0, coords=None):
         """(x, None), the form that a scan wants; `vectors` [4, d] of all blocks."""
         scale1 = scale2 = 0.0
         gate1 = gate2 = 1.0
@@ -51,7 +51,7 @@ class ViTBlock(nn.Module):
             return nn.LayerNorm(epsilon=1e-6, name=name)(x).astype(self.dtype)
 
         attention = SelfAttention(self.heads, dtype=self.dtype, implementation=self.implementation, name="attention")
-        x = x + gate1 * drop(attention(normed(x, "norm1") * (1 + scale1), view_mask=mask)[0])
+        x = x + gate1 * drop(attention(normed(x, "norm1") * (1 + scale1), view_mask=mask, coords=coords)[0])
         if self.gated_mlp:  # two thirds of the hidden width, in whole eights: about as many parameters
             mlp = GEGLU(-(-int(x.shape[-1] * self.mlp_ratio * 2 / 3) // 8) * 8, silu=True, dtype=self.dtype, name="mlp")
         else:
@@ -89,9 +89,16 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l d"], mask: Bool[Array, "*b l l"] | None = None, *, task: int = 0, train: bool = False
+        self,
+        x: Float[Array, "b l d"],
+        mask: Bool[Array, "*b l l"] | None = None,
+        *,
+        task: int = 0,
+        coords=None,
+        train: bool = False,
     ):
-        """`mask`: who sees whom, with axes of 1 where all do alike; None is everybody. `task`: 0..tasks - 1."""
+        """`mask`: who sees whom, with axes of 1 where all do alike; None is everybody. `task`: 0..tasks - 1. `coords`: see
+        `SelfAttention`."""
         fields = fields_of(self, ViTBlock)
         x = x.astype(self.dtype)
         vectors = None
@@ -104,11 +111,11 @@ class ViT(nn.Module):
                 ViTBlock,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast,) * 4,
+                in_axes=(nn.broadcast,) * 5,
                 length=self.depth,
             )
-            x, _ = stack(**fields, name="blocks")(x, mask, train, vectors, task)
+            x, _ = stack(**fields, name="blocks")(x, mask, train, vectors, task, coords)
         else:
             for i in range(self.depth):
-                x, _ = ViTBlock(**fields, name=f"blocks_{i}")(x, mask, train, vectors, task)
+                x, _ = ViTBlock(**fields, name=f"blocks_{i}")(x, mask, train, vectors, task, coords)
         return nn.LayerNorm(epsilon=1e-6, name="norm")(x)

@@ -45,17 +45,21 @@ class SphericalQuantizer(nn.Module):
         """Ids [*b] of the nearest codes."""
         return nearest(features, self.codebook, cosine=True)
 
-    def __call__(self, features: Float[Array, "*b c"]) -> Quantized:
+    def __call__(self, features: Float[Array, "*b c"], weights: Float[Array, "*b"] | None = None) -> Quantized:
         """Quantises with straight-through gradients; `tokens` and `features` keep the leading axes.
 
-        loss = beta |z - sg(e)|^2 + |sg(z) - e|^2, with z the normalised feature and e its code.
+        loss = beta |z - sg(e)|^2 + |sg(z) - e|^2, with z the normalised feature and e its code; its mean may be weighted.
         """
         z, sg = _unit(features), jax.lax.stop_gradient
         tokens = self.encode(sg(features))
         codes = self.lookup(tokens)
-        loss = self.beta * jnp.square(z - sg(codes)).mean() + jnp.square(sg(z) - codes).mean()
+        loss = self.beta * _mean(jnp.square(z - sg(codes)), weights) + _mean(jnp.square(sg(z) - codes), weights)
         counts = jnp.zeros(self.vocab).at[tokens.reshape(-1)].add(1.0)
         return Quantized(z + sg(codes - z), tokens, loss, counts, sg(z).reshape(-1, self.width))
+
+
+def _mean(x, weights):
+    return x.mean() if weights is None else (x.mean(-1) * weights).sum() / weights.sum()
 
 
 def _unit(x):

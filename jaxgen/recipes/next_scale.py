@@ -229,9 +229,13 @@ class NextScaleConfig:
         smoothing = self.model_train.label_smoothing
         return cross_entropy(logits, tokens, label_smoothing=smoothing).mean() if smoothing else metrics["nll"], metrics
 
+    def tokenizer_stage(self) -> Stage:
+        """What trains the tokenizer."""
+        return tokenizer_stage(self.tokenizer_train, self.data, self.build_tokenizer())
+
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
-        stages = [tokenizer_stage(self.tokenizer_train, self.data, self.build_tokenizer()), generator_stage(self)]
+        stages = [self.tokenizer_stage(), generator_stage(self)]
         if self.classifier.steps:
             fields = dataclasses.asdict(self.classifier)
             stages.append(classifier_stage(self.data, num_classes=self.model.num_classes, **fields))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jaxgen.recipes.fields import check_fields
 from jaxgen.resample import resize
 from jaxgen.tokenizers import MultiScaleTokenizer
 
-__all__ = ["TokenizerTrainConfig", "tokenizer_stage"]
+__all__ = ["TokenizerTrainConfig", "reviving", "tokenizer_stage"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,19 +145,6 @@ def tokenizer_stage(
         metrics["codebook_use"] = (quantized.counts > 0).mean()
         return value, (metrics, state | {"codebook": codebook})
 
-    def after_update(params, state, key, step):
-        share = config.revive_threshold * tokens_per_batch / tokenizer.vocab
-
-        def restart(params, state):
-            inner = params["tokenizer"]["params"]
-            codes, codebook, _ = revive(inner["quantizer"]["codebook"], state["codebook"], key, threshold=share)
-            inner = inner | {"quantizer": inner["quantizer"] | {"codebook": codes}}
-            return params | {"tokenizer": {"params": inner}}, state | {"codebook": codebook}
-
-        # Codes keep still in the last tenth, so that the decoder can settle on them.
-        due = (step % config.revive_every == 0) & (step < 0.9 * config.steps)
-        return jax.lax.cond(due, restart, lambda *args: args, params, state)
-
     def eval_loss(params, state, batch, key, frozen):
         images = pixels(batch["image"])
         out = tokenizer.apply(params["tokenizer"], images)
@@ -169,8 +157,6 @@ def tokenizer_stage(
         return batches(source, data_config, **kwargs)
 
     missing = config.steps and config.perceptual_weight and not config.perceptual_path
-    order = tokenizer.order
-    tokens_per_batch = config.batch_size // config.accumulate * order.length
     return Stage(
         name=name,
         steps=config.steps,
@@ -178,10 +164,33 @@ def tokenizer_stage(
         loss=loss,
         optimizer=adamw(config.optim, config.steps) if config.steps else optax.identity(),
         data=functools.partial(data, "train", True),
-        after_update=after_update if config.revive_every else None,
+        after_update=reviving(config, tokenizer) if config.revive_every else None,
         eval_data=functools.partial(data, "test", False),
         eval_loss=eval_loss,
         ema=config.ema,
         accumulate=config.accumulate,
         notes=(f"{NO_PERCEPTUAL} (tokenizer_train.perceptual_path and .lpips_path)",) if missing else (),
     )
+
+
+def reviving(config, tokenizer) -> Callable:
+    """A stage's `after_update` that moves dead codes of `tokenizer.quantizer` (see `revive`), by `state["codebook"]`.
+
+    Args:
+      config: with `steps`, `batch_size`, `accumulate`, `revive_every` and `revive_threshold`, see `TokenizerTrainConfig`.
+      tokenizer: with `vocab` and an `order`.
+    """
+    share = config.revive_threshold * (config.batch_size // config.accumulate * tokenizer.order.length) / tokenizer.vocab
+
+    def after_update(params, state, key, step):
+        def restart(params, state):
+            inner = params["tokenizer"]["params"]
+            codes, codebook, _ = revive(inner["quantizer"]["codebook"], state["codebook"], key, threshold=share)
+            inner = inner | {"quantizer": inner["quantizer"] | {"codebook": codes}}
+            return params | {"tokenizer": {"params": inner}}, state | {"codebook": codebook}
+
+        # Codes keep still in the last tenth, so that the decoder can settle on them.
+        due = (step % config.revive_every == 0) & (step < 0.9 * config.steps)
+        return jax.lax.cond(due, restart, lambda *args: args, params, state)
+
+    return after_update

@@ -1,19 +1,26 @@
 """Data <-> tokens or latents."""
 
 from jaxgen.tokenizers.binary import BinaryTokenizer
+from jaxgen.tokenizers.bytes import ByteTokenizer, PixelCodec
 from jaxgen.tokenizers.conv import ConvDecoder, ConvEncoder
+from jaxgen.tokenizers.diffusion import DiffusionTokenizer
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.frequency import FrequencyTokenizer
+from jaxgen.tokenizers.jpeg import JpegCodec
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer, Reconstruction
 from jaxgen.tokenizers.pixels import PixelTokenizer
 
 __all__ = [
     "BinaryTokenizer",
+    "ByteTokenizer",
     "ConvDecoder",
     "ConvEncoder",
+    "DiffusionTokenizer",
     "FlexibleTokenizer",
     "FrequencyTokenizer",
+    "JpegCodec",
     "MultiScaleTokenizer",
+    "PixelCodec",
     "PixelTokenizer",
     "Reconstruction",
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxgen.metrics import psnr, ssim
+from jaxgen.metrics import detail, psnr, ssim
 
 
 def images(shape, seed=0):
@@ -80,3 +80,8 @@ def test_bad_images(score):
         score(a.astype(jnp.uint8), a.astype(jnp.uint8))
     with pytest.raises(ValueError, match="data_range=0"):
         score(a, a, 0)
+
+
+def test_detail_is_what_neighbours_differ_by():
+    """Columns of 1 and 3, rows alike: 4 across and 0 down."""
+    assert detail(np.array([[[[1.0], [3.0]], [[1.0], [3.0]]]])) == 4.0
