@@ -73,12 +73,14 @@ class Recipe:
         `"images"` [b, H, W, C] in [-1, 1] for image systems; text systems take prompts in place of labels and return bytes,
         `"tokens"` [b, s], and their `"length"` [b]. Compiled once for a batch size.
       modality: "image" or "text".
+      write: `(folder, tokens) -> paths`, of systems whose samples are files: writes each row of the sampler's output "tokens".
     """
 
     config: Any
     stages: tuple[Stage, ...]
     sample: Callable[..., dict]
     modality: str = "image"
+    write: Callable[[str, Any], list] | None = None
 
     def override(self, edits: Iterable[str]) -> Recipe:
         """The recipe with `path.to.field=value` edits applied to its configuration (see `jaxgen.config.override`)."""

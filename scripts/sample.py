@@ -3,6 +3,7 @@
 python scripts/sample.py --workdir runs/mnist --labels 0,1,2 --num 8 --cfg 1.5 --top_p 0.96 --out grid.png
 python scripts/sample.py --workdir runs/mnist --labels 3 --num 4 --image in.png --box 0.25,0.25,0.75,0.75 --out edited.png
 python scripts/sample.py --workdir runs/flex --labels 0,1 --option "patch_nums=(1,2,(3,4),(4,6))" --out wide.png
+python scripts/sample.py --workdir runs/jpeg --labels 0,1 --out grid.png --files samples/
 python scripts/sample.py --workdir runs/text --prompt "To be, or" --num 3 --length 200 --out text.txt
 """
 
@@ -18,7 +19,7 @@ from jaxgen.data import read_image, to_uint8
 from jaxgen.data.text import decode_bytes
 from jaxgen.decoding.speculate import BROKEN
 from jaxgen.generators import box_mask
-from jaxgen.recipes.evaluation import sample_many
+from jaxgen.recipes.evaluation import sample_outputs
 from jaxgen.train import to_host
 from kernels_pallas import partitioned
 
@@ -51,6 +52,7 @@ def main():
     parser.add_argument("--outpaint", action="store_true", help="keep the box and make the rest, instead of the reverse")
     cli.add_device_flags(parser)
     parser.add_argument("--out", required=True, help="a .png for the picture, a .txt for text")
+    parser.add_argument("--files", metavar="DIR", help="also writes each sample as the file that the system made (JPEG-LM)")
     parser.add_argument("--npz", help="also saves images [n, H, W, C] uint8 and labels [n]")
     args = parser.parse_args()
     if args.num < 1:
@@ -100,9 +102,18 @@ def sample_images(args, recipe, params, mesh):
         box = cli.comma_separated(args.box or "0.25,0.25,0.75,0.75", "--box", float)
         settings["image"] = read_image(args.image, recipe.config.data)
         settings["keep"] = box_mask(box, outpaint=args.outpaint)
-    images = sample_many(recipe, params, jax.random.key(args.seed), labels, batch_size=batch, mesh=mesh, **settings)
+    if args.files and recipe.write is None:
+        raise ValueError(f"--files {args.files}: the samples of {args.workdir} are pictures, not files")
+    names = ("images", "tokens") if args.files else ("images",)
+    key = jax.random.key(args.seed)
+    out = sample_outputs(recipe, params, key, labels, names=names, batch_size=batch, mesh=mesh, **settings)
+    images = out["images"]
     if jax.process_index():
         return
+    if args.files:
+        paths = recipe.write(args.files, out["tokens"])
+        broken = [path.name for path in paths if path.suffix == ".bin"]
+        print(f"{args.files}: {len(paths)} files" + (f", {len(broken)} of them not valid, such as {broken[0]}" if broken else ""))
     picture = pictures.grid(images, args.num, scale=args.scale)
     with cli.output_file("--out", args.out) as path:
         pictures.save_png(path, picture)

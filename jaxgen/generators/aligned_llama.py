@@ -60,6 +60,6 @@ class AlignedLlama(ImageLlama):
         x = self.drop_tokens(x, deterministic=not train)
         coords, mask = self._coords[None, : x.shape[1]], masks.block_causal(raster(x.shape[1]))
         x, _ = self.transformer(x, coords, None, mask, layers=(0, self.align_after), train=train)
-        told = self.align_fc2(nn.gelu(self.align_fc1(x[:, self.prefix - 1 :]), approximate=False))
+        told = self.align_fc2(nn.gelu(self.align_fc1(x[:, self.told - 1 :]), approximate=False))
         x, _ = self.transformer(x, coords, None, mask, layers=(self.align_after, self.depth), train=train)
-        return self._logits(x[:, self.prefix - 1 :]), told.astype(jnp.float32)
+        return self._logits(x[:, self.told - 1 :]), told.astype(jnp.float32)

@@ -18,6 +18,7 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig, feature_stage, image_features
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import ImageLlamaConfig
+from jaxgen.recipes.token_cache import check_no_cache
 
 __all__ = ["AlignConfig", "AlignedConfig", "Describe", "aligned_stage", "unaligned"]
 
@@ -66,6 +67,7 @@ class AlignedConfig(ImageLlamaConfig):
 
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
+        check_no_cache(self.data, "hidden states are aligned with the features of images")
         base = super().recipe()
         encoder = feature_stage(self.features, self.features_train, self.data)
         stages = []

@@ -22,7 +22,8 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.classifier import classifier_stage
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import RULES, ImageLlamaModelConfig
-from jaxgen.recipes.next_scale import ClassifierConfig, ModelTrainConfig, image_batches
+from jaxgen.recipes.next_scale import ClassifierConfig, ModelTrainConfig
+from jaxgen.recipes.token_cache import check_no_cache, image_batches
 from jaxgen.tokenizers.bytes import END, ByteTokenizer, PixelCodec, from_tokens, to_tokens
 from jaxgen.tokenizers.jpeg import JpegCodec
 from jaxgen.train.loop import RunConfig
@@ -129,11 +130,16 @@ class ByteImageConfig:
 
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
+        check_no_cache(self.data, "files are made of images")
         stages = [_stage(self)]
         if self.classifier.steps:
             fields = dataclasses.asdict(self.classifier)
             stages.append(classifier_stage(self.data, num_classes=self.num_classes, **fields))
-        return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, self))
+
+        def write(folder, tokens):
+            return save_files(folder, self.build_tokenizer().codec, tokens)
+
+        return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, self), write=write)
 
 
 def jpeg_grammar(codec: JpegCodec, length: int) -> JpegGrammar:

@@ -21,7 +21,7 @@ from jaxgen.quantizers import CodebookState
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.image_llama import ImageLlamaConfig
-from jaxgen.recipes.next_scale import image_batches
+from jaxgen.recipes.token_cache import image_batches
 from jaxgen.recipes.tokenizer import reviving
 from jaxgen.tokenizers.diffusion import DiffusionTokenizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ __all__ = [
     "read_images",
     "real_features",
     "sample_many",
+    "sample_outputs",
 ]
 
 
@@ -157,24 +158,47 @@ def _apply(classifier, variables, images):
     return classifier.apply(variables, images, method="features"), classifier.apply(variables, images)
 
 
-def sample_many(
-    recipe, params: Mapping[str, Any], key, labels: np.ndarray, *, batch_size: int, mesh: Mesh | None = None, **settings
-) -> np.ndarray:
-    """Images [n, H, W, C] for many labels, in compiled batches; the last one is padded so that nothing is recompiled.
+def sample_many(recipe, params: Mapping[str, Any], key, labels: np.ndarray, **options) -> np.ndarray:
+    """Images [n, H, W, C] for many labels; arguments are those of `sample_outputs`."""
+    return sample_outputs(recipe, params, key, labels, names=("images",), **options)["images"]
+
+
+def sample_outputs(
+    recipe,
+    params: Mapping[str, Any],
+    key,
+    labels: np.ndarray,
+    *,
+    names: Sequence[str],
+    batch_size: int,
+    mesh: Mesh | None = None,
+    **settings,
+) -> dict[str, np.ndarray]:
+    """What a recipe's sampler makes for many labels, in compiled batches; the last one is padded so that nothing is recompiled.
+
+    Args:
+      recipe: of images.
+      params: by stage.
+      key: of all samples.
+      labels: of the samples, [n].
+      names: which of the sampler's outputs [b, ...] are wanted.
+      batch_size: samples made at a time, over all processes.
+      mesh: where `params` lie.
+      settings: of the sampler.
 
     Raises:
       ValueError: batches of less than 1, no labels, or see the recipe's sampler.
     """
     if batch_size < 1 or not len(labels):
         raise ValueError(f"{len(labels)} labels in batches of {batch_size}: expected at least 1 of each")
-    out = []
+    parts = []
     for i, start in enumerate(range(0, len(labels), batch_size)):
         chunk = np.asarray(labels[start : start + batch_size])
         padded = np.resize(chunk, batch_size)
         padded = padded if mesh is None else spread(mesh, padded)
-        images = recipe.sample(params, jax.random.fold_in(key, i), padded, **settings)["images"]
-        out.append(to_host(images)[: len(chunk)])
-    return np.concatenate(out)
+        out = recipe.sample(params, jax.random.fold_in(key, i), padded, **settings)
+        parts.append({name: to_host(out[name])[: len(chunk)] for name in names})
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 def evaluate_images(

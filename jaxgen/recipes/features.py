@@ -24,7 +24,7 @@ from jaxgen.optim import OptimConfig, adamw
 from jaxgen.recipe import Stage
 from jaxgen.recipes.classifier import random_shift
 from jaxgen.recipes.fields import check_dtype, check_fields
-from jaxgen.recipes.next_scale import image_batches
+from jaxgen.recipes.token_cache import image_batches
 from jaxgen.resample import resize
 
 __all__ = ["FeatureConfig", "FeatureTrainConfig", "feature_stage", "image_features"]

@@ -20,6 +20,7 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig, feature_stage, image_features
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import RULES, ImageLlamaConfig
+from jaxgen.recipes.token_cache import check_no_cache
 from jaxgen.retrieval import Index, build_index, check_index
 
 __all__ = ["RetrievalConfig", "RetrievalLlamaConfig", "images_of"]
@@ -104,6 +105,7 @@ class RetrievalLlamaConfig(ImageLlamaConfig):
 
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
+        check_no_cache(self.data, "neighbours are looked up by the features of images")
         base = super().recipe()
         encoder = feature_stage(self.features, self.features_train, self.data)
         stages = []

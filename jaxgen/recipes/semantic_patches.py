@@ -20,7 +20,7 @@ from jaxgen.orders_semantic import KINDS, patch_order, similarities
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig, feature_stage, image_features
 from jaxgen.recipes.fields import check_dtype, check_fields
-from jaxgen.recipes.next_scale import image_batches
+from jaxgen.recipes.token_cache import check_no_cache, image_batches
 from jaxgen.resample import blur
 from jaxgen.tokenizers.latents import LatentTokenizer
 from jaxgen.train.loop import RunConfig
@@ -138,6 +138,7 @@ class SemanticPatchConfig:
 
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
+        check_no_cache(self.data, "patches are cut from images")
         stages = [pretraining_stage(self)]
         if self.model_train.target == "features":
             stages.insert(0, feature_stage(self.features, self.features_train, self.data))

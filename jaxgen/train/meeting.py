@@ -73,6 +73,9 @@ def _host(port: int, me: dict, wait_s: float, every_s: float, log: Callable[[str
                     guest, (address, *_) = server.accept()
                     stack.enter_context(guest)
                     problem = _receive(guest, address, me, guests)
+                # Those who came and died are started anew, perhaps.
+                for number in [number for number, guest in guests.items() if _gone(guest)]:
+                    del guests[number]
         for guest in guests.values():
             _tell(guest, problem)
         if problem:
@@ -97,8 +100,7 @@ def _receive(guest: socket.socket, address: str, me: dict, guests: dict[int, soc
         theirs = {name: who[name] for name in me}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    other = guests.get(number)
-    if other is not None and not _gone(other):
+    if number in guests and not _gone(guests[number]):
         _tell(guest, problem := f"two processes have the number {number}; the second is at {address}")
         return problem
     guests[number] = guest
