@@ -203,19 +203,20 @@ class _Training:
             self.meter.step(len(jax.tree.leaves(batch)[0]))
             self.checkpoints.check()
             metrics, end = {}, step == stage.steps
+            regular = end or step % run.save_every == 0
+            if regular:
+                self.say(f"{stage.name}: {self.meter.line()}")
             if run.eval_every and stage.eval_data is not None and (end or step % run.eval_every == 0):
                 now(f"evaluating {stage.name} after update {step}")
                 metrics = self._evaluate(train_state, step)
             better, stop = metrics.get("loss", np.inf) < best, self.stop()
             if better:
                 best = metrics["loss"]
-            if end or better or stop or step % run.save_every == 0:
-                with self.meter.device():
-                    self._look(0)
-                if end or step % run.save_every == 0:
-                    self.say(f"{stage.name}: {self.meter.line()}")
+            if regular or better or stop:
+                self._look(0)
                 now(f"saving {stage.name} after update {step}")
                 self.checkpoints.save(step, train_state, data, metrics)
+            if regular or metrics:
                 self.meter.reset()
             if stop:
                 self.checkpoints.wait()
