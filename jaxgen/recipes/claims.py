@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import statistics
 import tempfile
 import time
@@ -225,8 +226,11 @@ def _trained_once(config: Any, seed: int, given: Mapping[str, dict], log) -> tup
         recipe = _seeded(config, seed).recipe()
         return recipe, {**{stage.name: load_params(folder, stage.name)[0] for stage in recipe.stages}, **given}
     recipe, params, _ = train_all(config, seed, given, log)
+    unfinished = folder.with_name(folder.name + ".unfinished")  # a run killed here leaves nothing that looks whole
+    shutil.rmtree(unfinished, ignore_errors=True)
     for stage in recipe.stages:
-        save_params(folder, stage.name, params[stage.name])
+        save_params(unfinished, stage.name, params[stage.name])
+    unfinished.rename(folder)
     return recipe, params
 
 
