@@ -1,4 +1,4 @@
-"""Which collectives a compiled program runs, how often, and how many bytes they move: read from its text."""
+"""What a compiled program holds and moves on each device: its arrays, and its collectives, read from its text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-__all__ = ["COLLECTIVES", "Traffic", "collectives"]
+__all__ = ["COLLECTIVES", "Traffic", "array_shapes", "collectives"]
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
 
@@ -55,6 +55,11 @@ def collectives(text: str) -> dict[str, Traffic]:
 
     visit(entry, 1)
     return {kind: Traffic(counts[kind], sizes[kind]) for kind in COLLECTIVES if counts[kind]}
+
+
+def array_shapes(text: str) -> set[tuple[int, ...]]:
+    """The shapes of all arrays that a compiled program has on one device, of `compiled.as_text()`."""
+    return {tuple(int(n) for n in dims.split(",") if n) for _, _, dims in _ARRAY.findall(text)}
 
 
 def _parse(text: str) -> tuple[dict[str, tuple[list, list]], str]:

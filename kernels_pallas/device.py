@@ -33,11 +33,13 @@ class Partition:
       mesh: a `jax.sharding.Mesh`.
       batch: axes that split the batch.
       heads: axes that split the heads.
+      sequence: axes that split positions outside attention; kernels get whole sequences, and heads over these axes, too.
     """
 
     mesh: Any
     batch: tuple[str, ...]
     heads: tuple[str, ...]
+    sequence: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,13 @@ def target(kind: str, *, interpret: bool = False) -> Iterator[Device]:
 
 
 @contextlib.contextmanager
-def partitioned(mesh, *, batch: Sequence[str] = ("data", "fsdp"), heads: Sequence[str] = ("tensor",)) -> Iterator[Partition]:
+def partitioned(
+    mesh,
+    *,
+    batch: Sequence[str] = ("data", "fsdp"),
+    heads: Sequence[str] = ("tensor",),
+    sequence: Sequence[str] = ("sequence",),
+) -> Iterator[Partition]:
     """Spreads the kernels of functions that are traced inside over a mesh: batch and heads, never a sequence.
 
     The compiler can not split a Pallas kernel by itself, so each is wrapped in `jax.shard_map`. Axes that the mesh lacks are
@@ -144,13 +152,15 @@ def partitioned(mesh, *, batch: Sequence[str] = ("data", "fsdp"), heads: Sequenc
       mesh: a `jax.sharding.Mesh` with automatic axes.
       batch: axes for the batch.
       heads: axes for the heads.
+      sequence: axes over which positions are split outside the kernels (`jaxgen.nn.placement`); inside they split heads.
 
     Raises:
-      ValueError: one axis in both.
+      ValueError: one axis in two of them.
     """
-    if set(batch) & set(heads):
-        raise ValueError(f"batch={tuple(batch)} and heads={tuple(heads)} share an axis")
-    there = [tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1) for axes in (batch, heads)]
+    if len({*batch, *heads, *sequence}) < len((*batch, *heads, *sequence)):
+        raise ValueError(f"batch={tuple(batch)}, heads={tuple(heads)} and sequence={tuple(sequence)} share an axis")
+    given = (batch, (*heads, *sequence), sequence)
+    there = [tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1) for axes in given]
     token = _PARTITION.set(Partition(mesh, *there) if any(there) else None)
     try:
         yield _PARTITION.get()

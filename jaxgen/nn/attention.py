@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.decoding.cache import KVCache
+from jaxgen.nn.placement import join_heads, split_heads
 from jaxgen.nn.rope import rotate
 from kernels_pallas import BlockMask, Device
 from kernels_pallas.attention import block_sparse_attention
@@ -219,6 +220,6 @@ class SelfAttention(nn.Module):
             named = dict(scale=scale, implementation=self.implementation if self.implementation in dense else None)
             out, cache = attend_cached(q, k, v, cache, layer, view_mask, **named)
         else:
-            out = attend(q, k, v, mask, scale=scale, implementation=self.implementation)
+            out = join_heads(attend(*split_heads(q, k, v), mask, scale=scale, implementation=self.implementation))
         out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="proj")(out)
         return out, cache

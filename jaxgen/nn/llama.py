@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxgen.nn.attention import attend, attend_cached
 from jaxgen.nn.cross_attention import Context, CrossAttention
 from jaxgen.nn.moe import MixtureOfExperts
+from jaxgen.nn.placement import join_heads, split_heads, split_positions
 from jaxgen.nn.rope import rotate
 from kernels_pallas import BlockMask
 
@@ -88,7 +89,7 @@ class RotaryAttention(nn.Module):
         k, v = (rotate(qkv[..., -2, :], pos, theta=self.theta), qkv[..., -1, :]) if stage else (None, None)
         if cache is None:
             visible = self.mask if mask is None else _with_heads(mask)
-            out = attend(q, k, v, visible, implementation=self.implementation)
+            out = join_heads(attend(*split_heads(q, k, v), visible, implementation=self.implementation))
         else:
             out, cache = attend_cached(q, k, v, cache, layer, mask)
         out_init = nn.initializers.normal(self.out_std)
@@ -147,7 +148,7 @@ class LlamaBlock(nn.Module):
     def __call__(self, carry, layer, pos, mask=None, train=False, context: Context | None = None):
         """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
         x, cache = carry
-        x, cache = self.attend(x, pos, cache, layer, mask, train=train)
+        x, cache = self.attend(split_positions(x), pos, cache, layer, mask, train=train)
         if context is not None:
             x = x + self.cross(self.cross_norm(x).astype(self.dtype), context).astype(x.dtype)
         return (self.feed_forward(x, train=train), cache), None

@@ -15,6 +15,7 @@ from jaxgen.nn.adaln import Modulation, SharedModulation, layer_norm, rms_norm
 from jaxgen.nn.attention import SelfAttention
 from jaxgen.nn.cross_attention import Context, CrossAttention
 from jaxgen.nn.mlp import GEGLU, MLP
+from jaxgen.nn.placement import split_positions
 from kernels_pallas import BlockMask
 
 __all__ = ["AdaLNBlock", "AdaLNTransformer"]
@@ -69,6 +70,7 @@ class AdaLNBlock(nn.Module):
     ):
         """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
         x, cache = carry
+        x = split_positions(x)
         init = nn.initializers.normal(self.init_std)
         out_init = nn.initializers.normal(self.init_std / (2 * self.depth) ** 0.5)
         gates = dict(gate_init=self.gate_init, rest_init=self.rest_init)

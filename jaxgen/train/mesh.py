@@ -1,7 +1,8 @@
 """Meshes of devices, and where arrays live on them.
 
-Three axes: `data` (replicas), `fsdp` (the batch and the parameters are both split over it) and `tensor` (only
-parameters). A parameter's place comes from a table of path patterns, never from metadata on the parameter.
+Four axes: `data` (replicas), `fsdp` (the batch and the parameters are both split over it), `tensor` (only parameters) and
+`sequence` (only activations: positions, and heads inside attention; see `jaxgen.nn.placement`). A parameter's place comes from
+a table of path patterns, never from metadata on the parameter.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
     "to_host",
 ]
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 
 PyTree = Any
 
@@ -57,7 +58,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
 
 
 def make_mesh(spec: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (all of them by default) with the axes `data`, `fsdp` and `tensor`.
+    """A mesh over `devices` (all of them by default) with the axes `data`, `fsdp`, `tensor` and `sequence`.
 
     Args:
       spec: sizes as `parse_mesh` reads them; axes not named have size 1. `None` puts every device on `data`.

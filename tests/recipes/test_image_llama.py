@@ -53,7 +53,7 @@ def test_every_variant_builds_and_survives_json(system, variant):
 def test_the_parts_of_a_model_are_placed():
     """Every block, both heads and the embeddings are split; the classes, one more than devices divide, are not."""
     shapes = {"generator": nar.build("paper").build_generator().param_shapes()}
-    mesh = AbstractMesh((1, 2, 4), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((1, 2, 4, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     placed = shardings(mesh, shapes, RULES)["generator"]["params"]
     for stack in ("transformer", "stacks_0"):
         kernels = placed[stack]["blocks"]

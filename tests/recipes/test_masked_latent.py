@@ -47,7 +47,7 @@ def test_published_sizes():
         shapes[name] = jax.eval_shape(recipe.stage(name).init, jax.random.key(0), frozen)[0]
     assert size(shapes["generator"]) / 1e6 == pytest.approx(943, abs=1)
     assert size(shapes["draft"]) / 1e6 == pytest.approx(208, abs=1)
-    placed = shardings(AbstractMesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3), shapes["generator"], LATENT_RULES)
+    placed = shardings(AbstractMesh((1, 4, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4), shapes["generator"], LATENT_RULES)
     split = jax.tree.leaves(jax.tree.map(lambda leaf, s: math.prod(leaf.shape) * any(s.spec), shapes["generator"], placed))
     assert sum(split) > 0.95 * size(shapes["generator"])
     images = jax.eval_shape(lambda p: recipe.sample(p, jax.random.key(0), jnp.zeros((2,), jnp.int32)), shapes)["images"]

@@ -44,7 +44,7 @@ def test_published_sizes(variant, millions, steps):
     shapes = generator.param_shapes()
     assert size(shapes) / 1e6 == pytest.approx(millions, rel=0.005 if millions < 1000 else 0.08)
     assert generator.order.sizes == (64,) * 4 and generator.channels == 16 and recipe.config.sampler.steps == steps
-    placed = shardings(AbstractMesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3), shapes, LATENT_RULES)
+    placed = shardings(AbstractMesh((1, 8, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4), shapes, LATENT_RULES)
     split = jax.tree.leaves(jax.tree.map(lambda leaf, s: math.prod(leaf.shape) * any(s.spec), shapes, placed))
     assert sum(split) > 0.95 * size(shapes)
 

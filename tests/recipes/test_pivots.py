@@ -58,7 +58,7 @@ def test_published_sizes(variant, millions):
     shapes = generator_shapes(recipe)
     assert size(shapes["generator"]) / 1e6 == pytest.approx(millions, abs=1)
     if variant == "paper":
-        placed = shardings(AbstractMesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3), shapes["generator"], LATENT_RULES)
+        placed = shardings(AbstractMesh((1, 4, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4), shapes["generator"], LATENT_RULES)
         split = jax.tree.leaves(jax.tree.map(lambda leaf, s: math.prod(leaf.shape) * any(s.spec), shapes["generator"], placed))
         assert sum(split) > 0.9 * size(shapes["generator"])
         labels = jnp.zeros((2,), jnp.int32)

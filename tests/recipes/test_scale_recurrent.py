@@ -59,7 +59,7 @@ def test_published_models(variant):
 
 def test_large_parameters_are_split_over_every_axis():
     shapes = M_VAR.get_config("d16").config.build_generator().param_shapes(32)
-    mesh = AbstractMesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((1, 4, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     placed = jax.tree_util.tree_leaves_with_path(shardings(mesh, shapes, RULES))
     kernels = {path_name(path): s for path, s in placed if "/blocks/" in path_name(path) and path_name(path).endswith("kernel")}
     for name, sharding in kernels.items():

@@ -117,7 +117,7 @@ def test_only_kernels_and_class_embeddings_decay(variant):
 def test_large_parameters_are_split_over_every_axis(variant, edits, mesh):
     config = VAR.get_config(variant).override(edits).config
     shapes = generator_shapes(config)
-    mesh = AbstractMesh(mesh, AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((*mesh, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     placed = leaves(shardings(mesh, shapes, RULES))
     parts = {}
     for name, leaf in leaves(shapes).items():

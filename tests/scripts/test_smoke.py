@@ -118,7 +118,7 @@ def test_four_devices_train_and_sample_what_one_does(trained, copied, processes,
     )
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
-    assert "mesh {'data': 2, 'fsdp': 2, 'tensor': 1}" in out
+    assert "mesh {'data': 2, 'fsdp': 2, 'tensor': 1, 'sequence': 1}" in out
     expected = [row["loss"] for row in trained.rows if row["stage"] == "generator" and "loss" in row]
     np.testing.assert_allclose([row["loss"] for row in read_rows(workdir, "generator")], expected, rtol=1e-4)
     # Adam divides by the gradient's size, so that the rounding of a tiny gradient shows in the weights.

@@ -1,27 +1,11 @@
 """Meshes of several devices, on one CPU that pretends to be four; everything runs in one process started here."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import jax
 import pytest
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def results():
-    flags = "--xla_force_host_platform_device_count=4"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parents[1])}
-    if jax.config.jax_compilation_cache_dir:
-        env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
-        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(jax.config.jax_persistent_cache_min_compile_time_secs)
-    done = subprocess.run([sys.executable, HERE / "four_devices.py"], env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+def results(run_with_four_devices):
+    return run_with_four_devices("four_devices.py")
 
 
 def test_sharded_training_equals_one_device(results):

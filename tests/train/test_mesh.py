@@ -39,9 +39,9 @@ def test_parse_mesh_names_what_is_wrong(spec, message):
 
 
 def test_make_mesh(mesh):
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
-    assert dict(make_mesh().shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh().shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1, "sequence": 1}
     with pytest.raises(ValueError, match="'data=2,fsdp=3' needs 6 devices, there are 1"):
         make_mesh("data=2,fsdp=3", jax.devices()[:1])
 

@@ -1,0 +1,56 @@
+"""What `test_four_devices_models.py` runs with four CPU devices; prints one JSON object."""
+
+import json
+import math
+import sys
+
+import jax
+import numpy as np
+
+from configs import llamagen, var
+from jaxgen import config as config_lib
+from jaxgen.collectives import array_shapes, collectives
+from jaxgen.train import init_state, make_mesh, make_step, replicated, shard_batch
+
+jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than running
+
+VOCAB, BATCH = 160, 8
+TINY = (
+    "tokenizer.ch=4",
+    "tokenizer.groups=2",
+    f"tokenizer.vocab={VOCAB}",
+    "model.width=32",
+    "model.heads=4",
+    "model.scan_layers=false",
+    "model.remat=false",
+    "model.depth=1",
+    f"model_train.batch_size={BATCH}",
+    "model_train.optim.warmup_steps=0",
+)
+MESHES = ("data=1", "data=2,tensor=2", "data=2,sequence=2", "tensor=2,sequence=2")
+
+
+def run(system, grids):
+    config = config_lib.override(system.get_config("smoke").config, (*TINY, f"tokenizer.patch_nums={grids}"))
+    tokenizer, generator = (stage for stage in config.recipe().stages if stage.name in ("tokenizer", "generator"))
+    length = config.build_generator().order.length
+    rng = np.random.default_rng(0)
+    batch = {"label": rng.integers(0, 10, BATCH), "tokens": rng.integers(0, VOCAB, (BATCH, length))}
+    batch = {name: x.astype(np.int32) for name, x in batch.items()}
+    params, _ = jax.jit(lambda key: tokenizer.init(key, {}))(jax.random.key(1))
+    found = {"all": BATCH * length * VOCAB}
+    for spec in MESHES:
+        mesh = make_mesh(spec, jax.devices()[: 1 if spec == "data=1" else 4])
+        placed = {"tokenizer": jax.device_put(params, replicated(mesh))}
+        ts, data = init_state(generator, jax.random.key(2), mesh, placed), shard_batch(mesh, batch)
+        step = make_step(generator, mesh, placed).lower(ts, data, placed).compile()
+        ts, metrics = step(ts, data, placed)
+        _, after = step(ts, data, placed)
+        told = [float(m[name]) for m in (metrics, after) for name in ("loss", "grad_norm")]
+        shapes = array_shapes(step.as_text())
+        logits = max((math.prod(shape) for shape in shapes if len(shape) > 1 and shape[-1] == VOCAB), default=0)
+        found[spec] = {"told": told, "collectives": list(collectives(step.as_text())), "logits": logits}
+    return found
+
+
+json.dump({"var": run(var, (1, 3, 4)), "llamagen": run(llamagen, (4,))}, sys.stdout)
