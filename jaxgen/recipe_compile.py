@@ -37,17 +37,19 @@ class UpdateProgram(NamedTuple):
 
 
 def update_program(stage: Stage, mesh: Mesh, known: Mapping[str, PyTree]) -> UpdateProgram:
-    """The update of a stage with its own batches; data are read for their shapes.
+    """The update of a stage with its own batches; one device's share of a batch is read, for its shapes.
 
     Args:
       stage: to be trained.
       mesh: its devices.
       known: `UpdateProgram.weights` of the earlier stages, by name.
     """
-    examples = next(iter(stage.data(0, 1)))
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    share = next(iter(stage.data(0, parts)))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * parts, *x.shape[1:]), x.dtype), share)
     frozen = {name: known[name] for name in stage.needs}
     state = abstract_state(stage, mesh, frozen)
-    return UpdateProgram(make_step(stage, mesh, frozen), (state, _place(examples, batch_sharding(mesh)), frozen))
+    return UpdateProgram(make_step(stage, mesh, frozen), (state, _place(batch, batch_sharding(mesh)), frozen))
 
 
 def compile_recipe(recipe: Recipe, devices: Sequence[Any], *, batch: int = 2) -> Iterator[dict]:

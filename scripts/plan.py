@@ -3,19 +3,24 @@
 python scripts/plan.py --config configs/var.py --variant d30 --device v5e-64 --mesh data=8,fsdp=8
 python scripts/plan.py --config configs/llamagen.py --variant 3b --device v5p-128 --propose      # settings that fit
 python scripts/plan.py --config configs/var.py --variant d16 --device h100-8 --mesh fsdp=8
+python scripts/plan.py --config configs/*.py --variant paper --device h100-8 --mesh fsdp=8 --only generator --markdown
 
 TPUs are compiled for by libtpu, which has to be installed (`pip install 'jaxgen[tpu]'`) but needs no TPU. For GPUs the program is
 compiled for as many CPU devices: parameters and traffic are theirs, temporaries an estimate. Data are read for the shapes of a
-batch; `--set data.path=world` draws pictures instead.
+batch; pictures that are not there are drawn instead. Of several configurations, those without the variant are left out.
 """
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 import jax
 
 from jaxgen import cli
+from jaxgen.data import DataConfig
 from jaxgen.plan import parse_devices, plan_updates, proposals
+from jaxgen.recipe import Recipe
 from jaxgen.tables import markdown_table, text_table
 
 # No device is used, and libtpu must not look for one.
@@ -30,7 +35,7 @@ ENVIRONMENT = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a file with get_config(variant)")
+    parser.add_argument("--config", required=True, nargs="+", metavar="FILE", help="files with get_config(variant)")
     parser.add_argument("--variant", required=True)
     parser.add_argument("--device", required=True, help="such as v5e-64, v5p-128, v6e-256, h100-8")
     parser.add_argument("--mesh", help="axes and sizes, such as data=8,fsdp=8; all devices on data if left out")
@@ -39,19 +44,19 @@ def main():
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="edits of the configuration")
     parser.add_argument("--markdown", action="store_true", help="prints the table for a page")
     args = parser.parse_args()
-    if args.propose and args.mesh:
-        raise ValueError(f"--mesh {args.mesh}: --propose chooses the mesh")
+    if args.propose and (args.mesh or args.config[1:]):
+        raise ValueError("--propose chooses the mesh, of one configuration")
     devices = parse_devices(args.device)
     jax.config.update("jax_platforms", "cpu")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not devices.chip.topologies:
         jax.config.update("jax_num_cpu_devices", devices.count)
-    recipe = cli.load_config_file(args.config).get_config(args.variant).override(args.set)
-    if hasattr(recipe.config.data, "workers"):
-        recipe = recipe.override(["data.workers=0"])  # one batch is not worth a process
-    recipe = recipe.config.resolve().recipe()
     table = markdown_table if args.markdown else text_table
+    if args.config[1:]:
+        print(table(_plan_all(args, devices)))
+        return
+    recipe = _recipe(args.config[0], args.variant, args.set)
     if not args.propose:
         rows = list(plan_updates(recipe, devices, args.mesh, only=args.only))
         if not rows:
@@ -65,6 +70,33 @@ def main():
         print(table(rows), flush=True)
     if not fits:
         raise ValueError(f"--device {args.device}: nothing that was tried fits; more devices are needed")
+
+
+def _recipe(path: str, variant: str, edits: list[str]) -> Recipe:
+    """The configuration's recipe, with pictures that can be had here."""
+    recipe = cli.load_config_file(path).get_config(variant)
+    data = recipe.config.data
+    if isinstance(data, DataConfig):
+        missing = data.path not in ("digits", "world") and not Path(data.path).exists()
+        # One batch is not worth a process.
+        recipe = recipe.override(["data.workers=0", *(["data.path=world"] if missing else [])])
+    return recipe.override(edits).config.resolve().recipe()
+
+
+def _plan_all(args: argparse.Namespace, devices) -> list[dict]:
+    """The rows of every configuration that has the variant; what goes wrong with one is its row."""
+    rows = []
+    for path in args.config:
+        name = Path(path).stem
+        if args.variant not in getattr(cli.load_config_file(path), "VARIANTS", ()):
+            continue
+        try:
+            found = list(plan_updates(_recipe(path, args.variant, args.set), devices, args.mesh, only=args.only))
+        except Exception as error:  # the others are wanted all the same
+            found = [{"stage": " ".join(f"{type(error).__name__}: {error}".split())[:200]}]
+        rows += [{"config": name} | row for row in found]
+        print(name, "planned", file=sys.stderr, flush=True)
+    return rows
 
 
 if __name__ == "__main__":

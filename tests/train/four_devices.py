@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
-from toy_recipe import RULES, example, make_recipe, make_stage, source
+from toy_recipe import RULES, example, make_recipe, make_stage, shared_source, source
 
 from jaxgen.collectives import collectives
 from jaxgen.plan import CHIPS, Devices, plan_updates
@@ -134,7 +134,7 @@ results["evaluate/one"] = evaluate(recipe.stages[0], meshes["one"], done["first"
 
 # Plans: what an update moves between devices, and whether it fits.
 chip = CHIPS["h100"]
-recipe = make_recipe(make_stage(data=source(batch=16), rules=rules, optimizer=optax.adamw(1e-2)))
+recipe = make_recipe(make_stage(data=shared_source(batch=16), rules=rules, optimizer=optax.adamw(1e-2)))
 results["plan"] = {spec: next(plan_updates(recipe, Devices("h100-4", chip, 4), spec)) for spec in ("data=4", "fsdp=4")}
 tiny = Devices("h100-4", dataclasses.replace(chip, memory=100), 4)
 results["plan"]["tiny"] = next(plan_updates(recipe, tiny, "fsdp=4"))
