@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxgen import masks
+from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.nn.adaln import AdaLNHead, rms_norm
@@ -217,24 +218,9 @@ class BitwiseScaleTransformer(nn.Module):
         wrong = [layer for layer in text.layers if not 0 <= layer < self.depth]
         if wrong:
             raise ValueError(f"layers={text.layers}: block {wrong[0]} is not one of 0..{self.depth - 1}")
-        fields = dict(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            l2_norm=self.l2_norm,
-            shared_adaln=self.shared_adaln,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
-            init_std=(1 / (3 * self.width)) ** 0.5,
-            drop_path=train and self.drop_path_rate > 0,
-            key_bias=False,
-            cross_gate=self.cross_gate,
-            half_cross=self.half_cross,
-            mask=masks.block_causal(self.order),
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        drops, std = train and self.drop_path_rate > 0, (1 / (3 * self.width)) ** 0.5
+        fields = fields_of(self, AdaLNBlock)
+        fields |= dict(init_std=std, drop_path=drops, key_bias=False, mask=masks.block_causal(self.order))
         number = np.arange(self.depth)
         told, guided = number % (self.depth // self.chunks) == 0, np.isin(number, text.layers)
         each = (number, np.linspace(0.0, self.drop_path_rate, self.depth), told, guided)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxgen.config import fields_of
 from jaxgen.nn.adaln import layer_norm
 from jaxgen.nn.timestep import TimestepEmbedding, sinusoids
 from jaxgen.nn.transformer import AdaLNTransformer
@@ -64,18 +65,8 @@ class DiffusionTransformerHead(nn.Module):
         time = TimestepEmbedding(self.width, name="time")(jnp.broadcast_to(times, x.shape[:1]))
         cond = time[:, None] + nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="cond")(z)
         h = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="inputs")(x) + self.positions
-        h, _ = AdaLNTransformer(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            gate_init=0.0,
-            rest_init=0.0,
-            scan_layers=self.scan_layers,
-            dtype=self.dtype,
-            implementation=self.implementation,
-            name="transformer",
-        )(h, cond)
+        fields = fields_of(self, AdaLNTransformer) | dict(gate_init=0.0, rest_init=0.0)
+        h, _ = AdaLNTransformer(**fields, name="transformer")(h, cond)
         ada = nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="ada")(nn.silu(cond))
         shift, scale = jnp.split(ada, 2, axis=-1)
         h = (layer_norm(h) * (1 + scale) + shift).astype(jnp.float32)

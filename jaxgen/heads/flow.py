@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from jaxgen.config import fields_of
 from jaxgen.nn.adaln import rms_norm
 from jaxgen.nn.timestep import TimestepEmbedding
 from jaxgen.nn.transformer import AdaLNTransformer
@@ -82,22 +83,9 @@ class FlowHead(nn.Module):
         time = time[:, None] if groups is None else time[:, groups]
         cond = time + nn.Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="cond")(z)
         h = nn.Dense(self.width, kernel_init=xavier, dtype=self.dtype, name="inputs")(x)
-        h, _ = AdaLNTransformer(
-            self.width,
-            self.heads or max(self.width // 64, 1),
-            self.depth,
-            mlp_ratio=self.mlp_ratio,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
-            init_std=(3 * self.width) ** -0.5,
-            rms_norm=True,
-            gated_mlp=True,
-            mask=mask,
-            scan_layers=self.scan_layers,
-            dtype=self.dtype,
-            implementation=self.implementation,
-            name="transformer",
-        )(h, cond, coords=coords)
+        fields = fields_of(self, AdaLNTransformer) | dict(heads=self.heads or max(self.width // 64, 1))
+        fields |= dict(init_std=(3 * self.width) ** -0.5, rms_norm=True, gated_mlp=True, mask=mask)
+        h, _ = AdaLNTransformer(**fields, name="transformer")(h, cond, coords=coords)
         ada = nn.Dense(2 * self.width, kernel_init=xavier, dtype=self.dtype, name="ada")(nn.silu(cond))
         shift, scale = jnp.split(ada, 2, axis=-1)
         h = (rms_norm(h) * (1 + scale) + shift).astype(jnp.float32)

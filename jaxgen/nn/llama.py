@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxgen.config import fields_of
 from jaxgen.nn.attention import attend, attend_cached
 from jaxgen.nn.cross_attention import Context, CrossAttention
 from jaxgen.nn.moe import MixtureOfExperts
@@ -124,16 +125,7 @@ class LlamaBlock(nn.Module):
     def setup(self):
         out_std = self.init_std / (2 * self.depth) ** 0.5
         self.attention_norm = nn.RMSNorm(epsilon=self.eps)
-        self.attention = RotaryAttention(
-            self.heads,
-            self.kv_heads,
-            theta=self.theta,
-            mask=self.mask,
-            init_std=self.init_std,
-            out_std=out_std,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        self.attention = RotaryAttention(**fields_of(self, RotaryAttention), out_std=out_std)
         self.cross_norm = nn.RMSNorm(epsilon=self.eps)  # parameters of its own only where there is a context
         inits = dict(kernel_init=nn.initializers.normal(self.init_std), out_init=nn.initializers.normal(out_std))
         self.cross = CrossAttention(self.heads, **inits, dtype=self.dtype)
@@ -208,21 +200,8 @@ class LlamaTransformer(nn.Module):
     implementation: str | None = None
 
     def setup(self):
-        fields = dict(
-            heads=self.heads,
-            kv_heads=self.kv_heads or self.heads,
-            hidden=self.hidden or -(-8 * self.width // 96) * 32,
-            depth=self.depth,
-            experts=self.experts,
-            experts_used=self.experts_used,
-            theta=self.theta,
-            eps=self.eps,
-            init_std=self.init_std,
-            dropout=self.dropout,
-            mask=self.mask,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        fields = fields_of(self, LlamaBlock)
+        fields |= dict(kv_heads=self.kv_heads or self.heads, hidden=self.hidden or -(-8 * self.width // 96) * 32)
         block = LlamaBlock
         if self.remat:  # the last argument, `train`, is not an array
             block = nn.remat(LlamaBlock, prevent_cse=not self.scan_layers, static_argnums=(5,))

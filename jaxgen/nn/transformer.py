@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgen.config import fields_of
 from jaxgen.nn.adaln import Modulation, SharedModulation, layer_norm, rms_norm
 from jaxgen.nn.attention import SelfAttention
 from jaxgen.nn.cross_attention import Context, CrossAttention
@@ -28,16 +29,8 @@ def _drop_path(module: nn.Module, x, rate):
     return jnp.where(row, x / keep, 0).astype(x.dtype)
 
 
-class AdaLNBlock(nn.Module):
-    """x + gate1 attention(norm(x) (1 + scale1) + shift1), then the same with the mixer, if there is one, and with an MLP.
-
-    With a context, x + gate cross_attention(layer_norm(x), context) comes before the MLP.
-
-    Attributes are those of `AdaLNTransformer`, and:
-      key_bias: see `SelfAttention`.
-      cross_gate: initial value of the learned gate of each channel of the cross-attention; None is a gate of 1.
-      half_cross: see `CrossAttention.half`.
-    """
+class _Fields(nn.Module):
+    """What a block and a stack of blocks both have; see `AdaLNTransformer`."""
 
     width: int
     heads: int
@@ -55,14 +48,27 @@ class AdaLNBlock(nn.Module):
     gated_mlp: bool = False
     exact_gelu: bool = False
     dropout: float = 0.0
-    drop_path: bool = False
-    key_bias: bool = True
-    cross_gate: float | None = None
-    half_cross: bool = False
     mask: BlockMask | None = None
     mixer: nn.Module | None = None
     dtype: Any = jnp.float32
     implementation: str | None = None
+
+
+class AdaLNBlock(_Fields):
+    """x + gate1 attention(norm(x) (1 + scale1) + shift1), then the same with the mixer, if there is one, and with an MLP.
+
+    With a context, x + gate cross_attention(layer_norm(x), context) comes before the MLP.
+
+    Attributes are those of `AdaLNTransformer`, and:
+      key_bias: see `SelfAttention`.
+      cross_gate: initial value of the learned gate of each channel of the cross-attention; None is a gate of 1.
+      half_cross: see `CrossAttention.half`.
+    """
+
+    drop_path: bool = False
+    key_bias: bool = True
+    cross_gate: float | None = None
+    half_cross: bool = False
 
     @nn.compact
     def __call__(
@@ -100,19 +106,9 @@ class AdaLNBlock(nn.Module):
             branch = branch * gates[i]
             return x + (_drop_path(self, branch, drop_rate) if self.drop_path else branch).astype(x.dtype)
 
-        attention, keys = SelfAttention(
-            self.heads,
-            l2_norm=self.l2_norm,
-            scale=self.attention_scale,
-            head_norm=self.head_norm,
-            key_bias=self.key_bias,
-            mask=self.mask if cache is None else None,
-            kernel_init=init,
-            out_init=out_init,
-            dtype=self.dtype,
-            implementation=self.implementation,
-            name="attention",
-        )(modulate(x, 0), cache if self.mixer is None else None, layer, view_mask, coords)
+        options = fields_of(self, SelfAttention) | dict(scale=self.attention_scale, mask=self.mask if cache is None else None)
+        attention = SelfAttention(**options, kernel_init=init, out_init=out_init, name="attention")
+        attention, keys = attention(modulate(x, 0), cache if self.mixer is None else None, layer, view_mask, coords)
         x = residual(x, attention, 0)
         if self.mixer is None:
             cache = keys
@@ -137,7 +133,7 @@ class AdaLNBlock(nn.Module):
         return (x, cache), None
 
 
-class AdaLNTransformer(nn.Module):
+class AdaLNTransformer(_Fields):
     """`depth` blocks of width d with h heads.
 
     Attributes:
@@ -169,29 +165,9 @@ class AdaLNTransformer(nn.Module):
       implementation: see `jaxgen.nn.attend`.
     """
 
-    width: int
-    heads: int
-    depth: int
-    mlp_ratio: float = 4.0
-    l2_norm: bool = False
-    attention_scale: float | None = None
-    shared_adaln: bool = False
-    gate_init: float = 1e-5
-    rest_init: float = 0.5
-    init_std: float = 0.02
-    head_norm: bool = False
-    rms_norm: bool = False
-    learned_norms: bool = False
-    gated_mlp: bool = False
-    exact_gelu: bool = False
-    dropout: float = 0.0
     drop_path_rate: float = 0.0
-    mask: BlockMask | None = None
-    mixer: nn.Module | None = None
     scan_layers: bool = False
     remat: bool = False
-    dtype: Any = jnp.float32
-    implementation: str | None = None
 
     @nn.compact
     def __call__(
@@ -226,28 +202,8 @@ class AdaLNTransformer(nn.Module):
         """
         if layers is not None:
             self._check_layers(layers)
-        fields = dict(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            l2_norm=self.l2_norm,
-            attention_scale=self.attention_scale,
-            shared_adaln=self.shared_adaln,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
-            init_std=self.init_std,
-            head_norm=self.head_norm,
-            rms_norm=self.rms_norm,
-            learned_norms=self.learned_norms,
-            gated_mlp=self.gated_mlp,
-            exact_gelu=self.exact_gelu,
-            dropout=self.dropout if train else 0.0,
-            drop_path=train and self.drop_path_rate > 0,
-            mask=self.mask,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        fields = fields_of(self, AdaLNBlock)
+        fields |= dict(dropout=self.dropout if train else 0.0, drop_path=train and self.drop_path_rate > 0)
         x = x.astype(self.dtype)
         if self.shared_adaln:
             init = nn.initializers.normal(self.init_std)
@@ -265,12 +221,12 @@ class AdaLNTransformer(nn.Module):
                 length=self.depth,
             )
             every = (cond, view_mask, coords, groups)
-            blocks = stack(**fields, mixer=self._own_mixer(), name="blocks")
+            blocks = stack(**fields | dict(mixer=self._own_mixer()), name="blocks")
             (x, cache), _ = blocks((x, cache), jnp.arange(self.depth), rates, *every)
         else:
             active = range(self.depth) if layers is None else tuple(layers)
             for i in range(self.depth):
-                run = functools.partial(block, **fields, mixer=self._own_mixer(), name=f"blocks_{i}")
+                run = functools.partial(block, **fields | dict(mixer=self._own_mixer()), name=f"blocks_{i}")
                 if i in active:
                     (x, cache), _ = run()((x, cache), active.index(i), rates[i], cond, view_mask, coords, groups)
                 elif prefix:

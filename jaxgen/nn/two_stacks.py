@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgen.config import fields_of
 from jaxgen.nn.transformer import AdaLNTransformer
 from kernels_pallas import BlockMask
 
@@ -62,23 +63,8 @@ class TwoStacks(nn.Module):
           mask: who sees whom without a cache.
           train: drops; needs the rng stream "dropout".
         """
-        fields = dict(
-            width=self.width,
-            heads=self.heads,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            dropout=self.dropout,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
-            init_std=(3 * self.width) ** -0.5,
-            rms_norm=True,
-            gated_mlp=True,
-            mask=mask,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        fields = fields_of(self, AdaLNTransformer)
+        fields |= dict(init_std=(3 * self.width) ** -0.5, rms_norm=True, gated_mlp=True, mask=mask)
         init, caches = nn.initializers.normal(0.02), [None, None]
         for i, name in enumerate(("encoder", "decoder")):
             if i:

@@ -2,7 +2,7 @@
 
 from jaxgen.tokenizers.binary import BinaryTokenizer
 from jaxgen.tokenizers.bytes import ByteTokenizer, PixelCodec
-from jaxgen.tokenizers.conv import ConvDecoder, ConvEncoder
+from jaxgen.tokenizers.conv import ConvAutoencoder, ConvDecoder, ConvEncoder
 from jaxgen.tokenizers.diffusion import DiffusionTokenizer
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.frequency import FrequencyTokenizer
@@ -13,6 +13,7 @@ from jaxgen.tokenizers.pixels import PixelTokenizer
 __all__ = [
     "BinaryTokenizer",
     "ByteTokenizer",
+    "ConvAutoencoder",
     "ConvDecoder",
     "ConvEncoder",
     "DiffusionTokenizer",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,7 +17,7 @@ from jaxgen.quantizers.binary import (
     spherical_codes,
 )
 from jaxgen.quantizers.multi_scale import Quantized
-from jaxgen.tokenizers.conv import ConvDecoder, ConvEncoder
+from jaxgen.tokenizers.conv import ConvAutoencoder
 from jaxgen.tokenizers.multi_scale import Reconstruction
 
 __all__ = ["BinaryTokenizer", "check_bits"]
@@ -43,7 +40,7 @@ def check_bits(bits: int, parts: int, code: str) -> None:
         raise ValueError(f"code={code!r} is not one of {', '.join(CODES)}")
 
 
-class BinaryTokenizer(nn.Module):
+class BinaryTokenizer(ConvAutoencoder):
     """Images in [-1, 1] <-> c bits for each cell of a grid, told as n numbers of c / n bits.
 
     With "bernoulli" the features are logits of bits: training draws the bits, and their gradient is that of the probabilities
@@ -51,8 +48,7 @@ class BinaryTokenizer(nn.Module):
     signs of unit vectors (BSQ). How bits are parted changes what tokens are, not the parameters.
 
     Attributes:
-      channels: C of the images.
-      ch, ch_mult, res_blocks, attention, groups, dropout: see `ConvEncoder`.
+      channels, ch, ch_mult, res_blocks, attention, groups, dropout, dtype: see `ConvAutoencoder`.
       z_channels: between the convolutions and the codes.
       bits: c, of a cell.
       parts: n, numbers of a cell.
@@ -60,7 +56,6 @@ class BinaryTokenizer(nn.Module):
       code: "bernoulli" or "spherical".
       stochastic: "bernoulli" draws its bits in training; otherwise it takes the likelier ones.
       penalty: weight of E[p (1 - p)], or of `entropy_penalty`.
-      dtype: of the encoder's and decoder's computation.
 
     Raises:
       ValueError: see `check_bits`.
@@ -71,13 +66,7 @@ class BinaryTokenizer(nn.Module):
       >>> tokens = tokenizer.apply(params, images, method="encode")   # [b, 32], of a vocabulary of 16
     """
 
-    channels: int = 3
     ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    attention: bool = True
-    groups: int = 32
-    dropout: float = 0.0
     z_channels: int = 256
     bits: int = 16
     parts: int = 1
@@ -85,26 +74,13 @@ class BinaryTokenizer(nn.Module):
     code: str = "bernoulli"
     stochastic: bool = True
     penalty: float = 0.0
-    dtype: Any = jnp.float32
 
     def __post_init__(self):
         check_bits(self.bits, self.parts, self.code)
         super().__post_init__()
 
     def setup(self):
-        conv = dict(
-            ch=self.ch,
-            ch_mult=self.ch_mult,
-            res_blocks=self.res_blocks,
-            attention=self.attention,
-            groups=self.groups,
-            dropout=self.dropout,
-            dtype=self.dtype,
-        )
-        self.encoder = ConvEncoder(**conv, z_channels=self.z_channels)
-        self.decoder = ConvDecoder(**conv, channels=self.channels)
-        self.quant_conv = nn.Conv(self.bits, (1, 1))
-        self.post_quant_conv = nn.Conv(self.z_channels, (1, 1))
+        self.setup_convolutions(self.z_channels, 1)
 
     @property
     def vocab(self) -> int:
@@ -124,7 +100,7 @@ class BinaryTokenizer(nn.Module):
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W)."""
-        return (self.grid * 2 ** (len(self.ch_mult) - 1),) * 2
+        return (self.grid * self.factor,) * 2
 
     def __call__(self, images: Float[Array, "b H W C"], train: bool = False) -> Reconstruction:
         """Encodes and decodes with straight-through gradients; draws from the rng "dropout" while training."""
@@ -151,11 +127,7 @@ class BinaryTokenizer(nn.Module):
         want = (*self.image_size, self.channels)
         if images.ndim != 4 or images.shape[1:] != want or not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images {images.shape} {images.dtype}: expected floating-point [b, {', '.join(map(str, want))}]")
-        return self.quant_conv(self.encoder(images, train))
-
-    def to_pixels(self, hidden: Float[Array, "b H W c"]) -> Float[Array, "b H W C"]:
-        """The decoder's last convolution."""
-        return self.decoder.to_pixels(hidden)
+        return super().features(images, train)
 
     def encode(self, images: Float[Array, "b H W C"]) -> Int[Array, "b l*n"]:
         """The numbers of each cell in raster order; nothing is drawn."""
@@ -166,4 +138,4 @@ class BinaryTokenizer(nn.Module):
         """Images in [-1, 1]."""
         bits = parted_bits(tokens.reshape(len(tokens), self.grid, self.grid, self.parts), self.bits)
         codes = codes_of(bits) if self.code == "spherical" else bits.astype(jnp.float32)
-        return jnp.clip(self.decoder(self.post_quant_conv(codes)), -1, 1)
+        return self.decode_features(codes)

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgen.config import fields_of
 from jaxgen.nn.conv import AttentionBlock, Downsample, ResBlock, Upsample, group_norm
 
-__all__ = ["ConvDecoder", "ConvEncoder"]
+__all__ = ["ConvAutoencoder", "ConvDecoder", "ConvEncoder"]
 
 
 class _Middle(nn.Module):
@@ -112,6 +113,60 @@ class ConvDecoder(nn.Module):
     def to_pixels(self, h: Float[Array, "b H W c"]) -> Float[Array, "b H W C"]:
         """The last convolution."""
         return self.conv_out(h).astype(jnp.float32)
+
+
+class ConvAutoencoder(nn.Module):
+    """What tokenizers have in common that quantise between a `ConvEncoder` and a `ConvDecoder`: all but the quantiser.
+
+    A subclass says its `width`, c of a code, and its `image_size`, and calls `setup_convolutions`.
+
+    Attributes:
+      channels: C of the images.
+      ch, ch_mult, res_blocks, attention, groups, dropout: see `ConvEncoder`.
+      dtype: of the encoder's and decoder's computation; all else is float32.
+    """
+
+    channels: int = 3
+    ch: int = 160
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    attention: bool = True
+    groups: int = 32
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    def setup_convolutions(self, z_channels: int, kernel: int) -> None:
+        """Makes encoder and decoder, and the convolutions between their `z_channels` and the codes' width."""
+        self.encoder = ConvEncoder(**fields_of(self, ConvEncoder) | dict(z_channels=z_channels))
+        self.decoder = ConvDecoder(**fields_of(self, ConvDecoder))
+        self.quant_conv = nn.Conv(self.width, (kernel, kernel))
+        self.post_quant_conv = nn.Conv(z_channels, (kernel, kernel))
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a cell of the features, along an axis."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    def features(self, images: Float[Array, "b H W C"], train: bool = False) -> Float[Array, "b h w c"]:
+        """The encoder's features, before quantisation.
+
+        Raises:
+          ValueError: images of another size or number of channels, or not floating-point.
+        """
+        want = (*self.image_size, self.channels)
+        if images.ndim != 4 or images.shape[1:] != want:
+            raise ValueError(f"images {images.shape}: this tokenizer takes [b, {', '.join(map(str, want))}]")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images have dtype {images.dtype}: expected floating-point values in [-1, 1]")
+        return self.quant_conv(self.encoder(images, train))
+
+    def to_pixels(self, hidden: Float[Array, "b H W c"]) -> Float[Array, "b H W C"]:
+        """The decoder's last convolution."""
+        return self.decoder.to_pixels(hidden)
+
+    def decode_features(self, features: Float[Array, "b h w c"]) -> Float[Array, "b H W C"]:
+        """Images in [-1, 1] of quantised features."""
+        return jnp.clip(self.decoder(self.post_quant_conv(features)), -1, 1)
 
 
 def _check_groups(module):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,13 +13,13 @@ from jaxgen.quantizers.multi_scale import Quantized
 from jaxgen.quantizers.spherical import SphericalQuantizer
 from jaxgen.resample import resize
 from jaxgen.scale_lists import Cells, check_increasing, enlarged, pooled
-from jaxgen.tokenizers.conv import ConvDecoder, ConvEncoder
+from jaxgen.tokenizers.conv import ConvAutoencoder
 from jaxgen.tokenizers.multi_scale import Reconstruction
 
 __all__ = ["FlexibleTokenizer"]
 
 
-class FlexibleTokenizer(nn.Module):
+class FlexibleTokenizer(ConvAutoencoder):
     """Images in [-1, 1] <-> tokens of all scales without residuals (Jiao et al. 2025, section 3.2).
 
     The encoder's features are averaged to each scale's grid and each cell takes its nearest code; every scale by itself
@@ -28,13 +27,11 @@ class FlexibleTokenizer(nn.Module):
     and writes any other one with them. Encoder, decoder and quantiser are LlamaGen's.
 
     Attributes:
-      channels: C of the images.
-      ch, ch_mult, res_blocks, attention, groups, dropout: see `ConvEncoder`.
+      channels, ch, ch_mult, res_blocks, attention, groups, dropout, dtype: see `ConvAutoencoder`.
       z_channels: between the convolutions and the codes.
       vocab, width, beta, codebook_init: see `SphericalQuantizer`.
       patch_nums: grid of each scale, a side or (height, width); the last is the grid of the encoder's features.
       decoded: how many of the last scales training decodes; 0 is all.
-      dtype: of the encoder's and decoder's computation; quantisation is float32.
 
     Raises:
       ValueError: scales that do not increase, or `decoded` above their number.
@@ -46,13 +43,7 @@ class FlexibleTokenizer(nn.Module):
       >>> tokens = wide.apply(params, jnp.zeros((1, 8, 12, 3)), method="encode")   # [b, 31]
     """
 
-    channels: int = 3
     ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    attention: bool = True
-    groups: int = 32
-    dropout: float = 0.0
     z_channels: int = 256
     vocab: int = 8912
     width: int = 32
@@ -60,7 +51,6 @@ class FlexibleTokenizer(nn.Module):
     beta: float = 0.25
     codebook_init: float = 1.0
     decoded: int = 0
-    dtype: Any = jnp.float32
 
     def __post_init__(self):
         check_increasing(self.patch_nums)
@@ -69,30 +59,13 @@ class FlexibleTokenizer(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        conv = dict(
-            ch=self.ch,
-            ch_mult=self.ch_mult,
-            res_blocks=self.res_blocks,
-            attention=self.attention,
-            groups=self.groups,
-            dropout=self.dropout,
-            dtype=self.dtype,
-        )
-        self.encoder = ConvEncoder(**conv, z_channels=self.z_channels)
-        self.decoder = ConvDecoder(**conv, channels=self.channels)
+        self.setup_convolutions(self.z_channels, 1)
         self.quantizer = SphericalQuantizer(self.vocab, self.width, self.beta, self.codebook_init)
-        self.quant_conv = nn.Conv(self.width, (1, 1))
-        self.post_quant_conv = nn.Conv(self.z_channels, (1, 1))
 
     @property
     def order(self) -> Order:
         """The scales."""
         return scales(self.patch_nums)
-
-    @property
-    def factor(self) -> int:
-        """Pixels to a cell of the features, along an axis."""
-        return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -101,19 +74,11 @@ class FlexibleTokenizer(nn.Module):
         return h * self.factor, w * self.factor
 
     def features(self, images: Float[Array, "b H W C"], train: bool = False) -> Float[Array, "b h w c"]:
-        """The encoder's features, before quantisation, on the grid of the last scale.
-
-        Raises:
-          ValueError: images of another size or number of channels, or not floating-point.
-        """
-        want = (*self.image_size, self.channels)
-        if images.ndim != 4 or images.shape[1:] != want:
-            raise ValueError(
-                f"images {images.shape}: scales that end at {self.order.shapes[-1]} take [b, {', '.join(map(str, want))}]"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images have dtype {images.dtype}: expected floating-point values in [-1, 1]")
-        return self.quant_conv(self.encoder(images, train))
+        """See `ConvAutoencoder`; on the grid of the last scale."""
+        (h, w), last = self.image_size, self.order.shapes[-1]
+        if images.shape[1:3] != (h, w):
+            raise ValueError(f"images {images.shape}: scales that end at {last} take [b, {h}, {w}, {self.channels}]")
+        return super().features(images, train)
 
     def __call__(self, images: Float[Array, "b H W C"], train: bool = False) -> Reconstruction:
         """Encodes; every scale is quantised with straight-through gradients, and `decoded` ones become images of their own size.
@@ -133,10 +98,6 @@ class FlexibleTokenizer(nn.Module):
         )
         return Reconstruction(pictures[-1], hidden[-1], quantized, tuple(pictures[:-1]))
 
-    def to_pixels(self, hidden: Float[Array, "b H W c"]) -> Float[Array, "b H W C"]:
-        """The decoder's last convolution."""
-        return self.decoder.to_pixels(hidden)
-
     def encode(self, images: Float[Array, "b H W C"], cells: Cells | None = None) -> Int[Array, "b l"]:
         """Tokens of images in [-1, 1], coarse to fine; with `cells` those of another list, which may be traced."""
         features = jax.lax.stop_gradient(self.features(images))
@@ -148,10 +109,6 @@ class FlexibleTokenizer(nn.Module):
     def decode(self, tokens: Int[Array, "b l"]) -> Float[Array, "b H W C"]:
         """Images in [-1, 1] of the last scale's tokens."""
         return self.decode_features(self._map(self.order.split(tokens)[-1], -1))
-
-    def decode_features(self, features: Float[Array, "b h w c"]) -> Float[Array, "b H W C"]:
-        """Images in [-1, 1] of quantised features, of any size."""
-        return jnp.clip(self.decoder(self.post_quant_conv(features)), -1, 1)
 
     def decode_scales(self, tokens: Int[Array, "b l"]) -> Float[Array, "K b H W C"]:
         """The image of each scale by itself, enlarged to the size of the last (bicubic, as in the authors' code)."""

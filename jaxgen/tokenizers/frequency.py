@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxgen.config import fields_of
 from jaxgen.quantizers.frequency import FrequencyQuantizer
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer
 
@@ -24,4 +25,4 @@ class FrequencyTokenizer(MultiScaleTokenizer):
     transform: str = "fft"
 
     def _quantizer(self) -> FrequencyQuantizer:
-        return FrequencyQuantizer(**self._quantizer_fields(), division=self.division, transform=self.transform)
+        return FrequencyQuantizer(**fields_of(self, FrequencyQuantizer))
