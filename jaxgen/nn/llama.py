@@ -12,7 +12,7 @@ from jaxgen.config import fields_of
 from jaxgen.nn.attention import attend, attend_cached
 from jaxgen.nn.cross_attention import Context, CrossAttention
 from jaxgen.nn.moe import MixtureOfExperts
-from jaxgen.nn.placement import join_heads, split_heads, split_positions
+from jaxgen.nn.placement import join_heads, place_stream, split_heads
 from jaxgen.nn.rope import rotate
 from kernels_pallas import BlockMask
 
@@ -140,7 +140,7 @@ class LlamaBlock(nn.Module):
     def __call__(self, carry, layer, pos, mask=None, train=False, context: Context | None = None):
         """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
         x, cache = carry
-        x, cache = self.attend(split_positions(x), pos, cache, layer, mask, train=train)
+        x, cache = self.attend(place_stream(x), pos, cache, layer, mask, train=train)
         if context is not None:
             x = x + self.cross(self.cross_norm(x).astype(self.dtype), context).astype(x.dtype)
         return (self.feed_forward(x, train=train), cache), None
@@ -148,12 +148,12 @@ class LlamaBlock(nn.Module):
     def attend(self, x, pos, cache=None, layer=0, mask=None, *, stage: bool = True, train: bool = False):
         """The first half: (x, cache); `stage` as in `RotaryAttention`."""
         out, cache = self.attention(self.attention_norm(x).astype(self.dtype), pos, cache, layer, mask, stage=stage)
-        return x + self.drop_attention(out, deterministic=not train).astype(x.dtype), cache
+        return place_stream(x + self.drop_attention(out, deterministic=not train).astype(x.dtype)), cache
 
     def feed_forward(self, x, *, train: bool = False):
         """The second half."""
         out = self.mlp(self.mlp_norm(x).astype(self.dtype))
-        return x + self.drop_mlp(out, deterministic=not train).astype(x.dtype)
+        return place_stream(x + self.drop_mlp(out, deterministic=not train).astype(x.dtype))
 
     def route(self, x) -> tuple[Float[Array, "b l k"], Int[Array, "b l k"]]:
         """(weights, experts) that the second half would use for x; only where there are experts."""

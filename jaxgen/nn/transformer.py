@@ -16,7 +16,7 @@ from jaxgen.nn.adaln import Modulation, SharedModulation, layer_norm, rms_norm
 from jaxgen.nn.attention import SelfAttention
 from jaxgen.nn.cross_attention import Context, CrossAttention
 from jaxgen.nn.mlp import GEGLU, MLP
-from jaxgen.nn.placement import split_positions
+from jaxgen.nn.placement import place_rows, place_stream
 from kernels_pallas import BlockMask
 
 __all__ = ["AdaLNBlock", "AdaLNTransformer"]
@@ -76,7 +76,7 @@ class AdaLNBlock(_Fields):
     ):
         """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
         x, cache = carry
-        x = split_positions(x)
+        x = place_stream(x)
         init = nn.initializers.normal(self.init_std)
         out_init = nn.initializers.normal(self.init_std / (2 * self.depth) ** 0.5)
         gates = dict(gate_init=self.gate_init, rest_init=self.rest_init)
@@ -85,6 +85,7 @@ class AdaLNBlock(_Fields):
             ada = SharedModulation(**gates, name="ada")(cond)
         else:
             ada = Modulation(self.width, branches, kernel_init=init, **gates, dtype=self.dtype, name="ada")(cond)
+        ada = place_rows(ada)
         if ada.ndim == 3:
             ada = ada[:, None]
         elif groups is not None:
@@ -104,7 +105,7 @@ class AdaLNBlock(_Fields):
             if self.dropout:
                 branch = nn.Dropout(self.dropout, deterministic=False)(branch)
             branch = branch * gates[i]
-            return x + (_drop_path(self, branch, drop_rate) if self.drop_path else branch).astype(x.dtype)
+            return place_stream(x + (_drop_path(self, branch, drop_rate) if self.drop_path else branch).astype(x.dtype))
 
         options = fields_of(self, SelfAttention) | dict(scale=self.attention_scale, mask=self.mask if cache is None else None)
         attention = SelfAttention(**options, kernel_init=init, out_init=out_init, name="attention")
@@ -204,7 +205,7 @@ class AdaLNTransformer(_Fields):
             self._check_layers(layers)
         fields = fields_of(self, AdaLNBlock)
         fields |= dict(dropout=self.dropout if train else 0.0, drop_path=train and self.drop_path_rate > 0)
-        x = x.astype(self.dtype)
+        x, cond = x.astype(self.dtype), place_rows(cond)
         if self.shared_adaln:
             init = nn.initializers.normal(self.init_std)
             parts = 6 if self.mixer is None else 9

@@ -10,6 +10,7 @@ import numpy as np
 from configs import llamagen, var
 from jaxgen import config as config_lib
 from jaxgen.collectives import array_shapes, collectives
+from jaxgen.recipe_compile import update_program
 from jaxgen.train import init_state, make_mesh, make_step, replicated, shard_batch
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than running
@@ -30,9 +31,13 @@ TINY = (
 MESHES = ("data=1", "data=2,tensor=2", "data=2,sequence=2", "tensor=2,sequence=2")
 
 
+def build(system, grids, *edits):
+    config = config_lib.override(system.get_config("smoke").config, (*TINY, f"tokenizer.patch_nums={grids}", *edits))
+    return config, *(stage for stage in config.recipe().stages if stage.name in ("tokenizer", "generator"))
+
+
 def run(system, grids):
-    config = config_lib.override(system.get_config("smoke").config, (*TINY, f"tokenizer.patch_nums={grids}"))
-    tokenizer, generator = (stage for stage in config.recipe().stages if stage.name in ("tokenizer", "generator"))
+    config, tokenizer, generator = build(system, grids)
     length = config.build_generator().order.length
     rng = np.random.default_rng(0)
     batch = {"label": rng.integers(0, 10, BATCH), "tokens": rng.integers(0, VOCAB, (BATCH, length))}
@@ -53,4 +58,16 @@ def run(system, grids):
     return found
 
 
-json.dump({"var": run(var, (1, 3, 4)), "llamagen": run(llamagen, (4,))}, sys.stdout)
+def traffic(system, grids, devices):
+    """Bytes of an update's collectives on one device, with four rows for each."""
+    sizes = (f"model_train.batch_size={4 * devices}", f"tokenizer_train.batch_size={devices}")
+    _, tokenizer, generator = build(system, grids, *sizes)
+    mesh = make_mesh(f"fsdp={devices}", jax.devices()[:devices])
+    program = update_program(generator, mesh, {"tokenizer": update_program(tokenizer, mesh, {}).weights})
+    return sum(t.bytes for t in collectives(program.update.lower(*program.inputs).compile().as_text()).values())
+
+
+systems = {"var": (var, (1, 3, 4)), "llamagen": (llamagen, (4,))}
+found = {name: run(*system) for name, system in systems.items()}
+found["traffic"] = {name: [traffic(*system, n) for n in (2, 4)] for name, system in systems.items()}
+json.dump(found, sys.stdout)

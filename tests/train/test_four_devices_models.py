@@ -35,3 +35,10 @@ def test_only_sequences_are_traded(results, system):
     assert set(results[system]["data=2,tensor=2"]["collectives"]) <= {"all-reduce", "all-gather"}
     for mesh in ("data=2,sequence=2", "tensor=2,sequence=2"):
         assert "all-to-all" in results[system][mesh]["collectives"]
+
+
+@pytest.mark.parametrize("system", ("var", "llamagen"))
+def test_traffic_of_a_device_does_not_grow_with_their_number(results, system):
+    """Parameters are gathered and gradients reduced, whatever the number of devices; activations stay where they are."""
+    two, four = results["traffic"][system]
+    assert 0 < two and four <= 1.05 * two
