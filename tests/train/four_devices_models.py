@@ -61,7 +61,7 @@ def run(system, grids):
 def traffic(system, grids, devices):
     """Bytes of an update's collectives on one device, with four rows for each."""
     sizes = (f"model_train.batch_size={4 * devices}", f"tokenizer_train.batch_size={devices}")
-    _, tokenizer, generator = build(system, grids, *sizes)
+    _, tokenizer, generator = build(system, grids, *sizes, "model.scan_layers=true", "model.depth=2")
     mesh = make_mesh(f"fsdp={devices}", jax.devices()[:devices])
     program = update_program(generator, mesh, {"tokenizer": update_program(tokenizer, mesh, {}).weights})
     return sum(t.bytes for t in collectives(program.update.lower(*program.inputs).compile().as_text()).values())

@@ -39,6 +39,9 @@ def test_only_sequences_are_traded(results, system):
 
 @pytest.mark.parametrize("system", ("var", "llamagen"))
 def test_traffic_of_a_device_does_not_grow_with_their_number(results, system):
-    """Parameters are gathered and gradients reduced, whatever the number of devices; activations stay where they are."""
+    """Parameters are gathered and gradients reduced, whatever the number of devices; activations stay where they are.
+
+    Left to itself the compiler gathers activations in scanned blocks, and the traffic is 1.8 times as much.
+    """
     two, four = results["traffic"][system]
-    assert 0 < two and four <= 1.05 * two
+    assert 0 < two and four <= 1.01 * two
