@@ -47,6 +47,8 @@ def run(main: Callable[[], int | None]) -> None:
     `JAXGEN_TRACEBACK=1` shows the whole traceback instead.
     """
     sys.stdout.reconfigure(line_buffering=True)  # progress shows at once in a pipe or a log file, too
+    # Before jax 0.12 a callback to the host waits for ever where the CPU backend has one thread, the one that calls it.
+    os.environ.setdefault("NPROC", str(max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)))
     try:
         code = main() or 0
     except Interrupted as stop:

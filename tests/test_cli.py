@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -115,3 +117,23 @@ def test_a_work_directory_with_other_edits_steps_and_places(tmp_path, randomize)
     assert edited.config.data.path == "elsewhere"
     with pytest.raises(ValueError, match="no checkpoint of step 3"):
         cli.open_workdir(tmp_path, step=3)
+
+
+CALLBACK = """
+import jax, numpy as np
+from jaxgen import cli
+
+def main():
+    total = jax.ShapeDtypeStruct((), np.float32)
+    print(jax.jit(lambda x: jax.pure_callback(lambda x: np.asarray(x).sum(), total, 2 * x))(np.ones((500, 768), np.float32)))
+
+cli.run(main)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be bound to one core here")
+def test_callbacks_to_the_host_end_on_one_core():
+    env = {name: value for name, value in os.environ.items() if name != "NPROC"} | {"JAX_PLATFORMS": "cpu"}
+    bound = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})\n{CALLBACK}"
+    done = subprocess.run([sys.executable, "-c", bound], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "768000.0", done.stderr
