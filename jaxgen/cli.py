@@ -16,6 +16,7 @@ from types import ModuleType
 import jax
 from jax.sharding import Mesh
 
+from jaxgen import storage
 from jaxgen.recipe import Recipe
 from jaxgen.train import (
     CompileCache,
@@ -127,7 +128,7 @@ def check_stages(recipe: Recipe, mesh: Mesh) -> None:
 
 
 def open_workdir(
-    workdir: str | Path, *, edits: Sequence[str] = (), step: int | str | None = None, mesh: Mesh | None = None
+    workdir: str | os.PathLike, *, edits: Sequence[str] = (), step: int | str | None = None, mesh: Mesh | None = None
 ) -> tuple[Recipe, dict[str, dict]]:
     """The recipe that was trained in `workdir`, and the parameters of its stages (averaged ones where they were kept).
 
@@ -168,20 +169,15 @@ def comma_separated(text: str, flag: str, kind=int) -> list:
 
 @contextlib.contextmanager
 def output_file(flag: str, path: str) -> Iterator[Path]:
-    """A name to write to, in the folder of `path` (made if missing); in the end the file moves to `path`, whole.
+    """A name to write to; in the end the file moves to `path`, whole, in a folder that is made if missing.
 
-    For process 0 alone, where there are several.
+    For process 0 alone, where there are several. The path may be one of a bucket.
 
     Raises:
       ValueError: it cannot be written; what was at `path` is still there.
     """
-    temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with storage.whole(storage.place(path)) as temporary:
+            yield temporary
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

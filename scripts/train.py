@@ -14,7 +14,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file with get_config(variant)")
     parser.add_argument("--variant", required=True)
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", required=True, help="a folder, or gs://bucket/folder")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="edits of the configuration")
     parser.add_argument("--until", metavar="STAGE", help="trains this stage and those before it")
     parser.add_argument("--profile", type=int, metavar="N", help="records a trace of N updates in the work directory")

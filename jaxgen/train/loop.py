@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from jaxgen import storage
 from jaxgen.data.throughput import Throughput
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train.checkpoint import Checkpoints, load_params
@@ -103,7 +104,7 @@ class StageResult:
 
 def train(
     recipe: Recipe,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     *,
     mesh: Mesh | None = None,
     run: RunConfig | None = None,
@@ -118,7 +119,7 @@ def train(
 
     Args:
       recipe: the stages.
-      workdir: the run's directory, made if missing.
+      workdir: the run's directory, made if missing: of this machine, or `gs://bucket/folder` (see `jaxgen.storage.place`).
       mesh: the devices; all of them on `data` by default.
       run: how to run.
       log: takes each progress line.
@@ -132,11 +133,11 @@ def train(
       NonFiniteError: a loss or gradient that is not finite; checkpoints keep the last good parameters.
       Interrupted: SIGTERM or Ctrl-C, after the current update was finished and saved. A second one kills at once.
     """
-    workdir, run = Path(workdir), run or RunConfig()
+    workdir, run = storage.place(workdir), run or RunConfig()
     mesh = make_mesh() if mesh is None else mesh
     say = log if jax.process_index() == 0 else lambda line: None
     _check_stages(recipe.stages)
-    started = (workdir / "metrics.jsonl").exists()
+    started = _started(workdir)
     save_config(workdir, recipe.config, may_differ=_may_differ(recipe), replace=not started)
     done = {}
     with MetricsLog(workdir, tensorboard=run.tensorboard, wandb=run.wandb) as rows, signals() as stop:
@@ -215,6 +216,7 @@ class _Training:
             if regular or better or stop:
                 self._look(0)
                 now(f"saving {stage.name} after update {step}")
+                self.rows.flush()
                 self.checkpoints.save(step, train_state, data, metrics)
             if regular or metrics:
                 self.meter.reset()
@@ -294,7 +296,15 @@ class _Training:
         return metrics
 
 
-def _load(workdir: Path, stage: Stage, mesh: Mesh, step: int) -> StageResult:
+def _started(workdir: storage.Place) -> bool:
+    """Whether something was trained there."""
+    try:
+        return storage.exists(workdir / "metrics.jsonl")
+    except OSError as error:
+        raise ValueError(f"cannot read {workdir}: {error}") from error
+
+
+def _load(workdir: storage.Place, stage: Stage, mesh: Mesh, step: int) -> StageResult:
     params, state = load_params(workdir, stage.name, step, shardings=lambda tree: shardings(mesh, tree, stage.rules))
     return StageResult(params, state, step, {})
 

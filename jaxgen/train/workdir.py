@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxgen import config as config_lib
+from jaxgen import storage
 from jaxgen.train.log import write_json
 
 __all__ = ["load_config", "save_config"]
 
 
-def save_config(workdir: str | Path, config: Any, may_differ: Iterable[str] = (), *, replace: bool = False) -> None:
+def save_config(workdir: str | os.PathLike, config: Any, may_differ: Iterable[str] = (), *, replace: bool = False) -> None:
     """Writes `<workdir>/config.json`, after checking that an earlier one there is the same.
 
     Args:
-      workdir: the run's directory, made if missing.
+      workdir: the run's directory (see `jaxgen.storage.place`), made if missing.
       config: a frozen dataclass (see `jaxgen.config`).
       may_differ: names of fields, at any depth, whose values may change; the new ones are written.
       replace: everything may change, since nothing has been trained with the earlier configuration.
@@ -27,10 +28,11 @@ def save_config(workdir: str | Path, config: Any, may_differ: Iterable[str] = ()
     Raises:
       ValueError: naming each other field that differs with both values; or the file cannot be read or written.
     """
-    path = Path(workdir) / "config.json"
+    path = storage.place(workdir) / "config.json"
     new = json.loads(json.dumps(config_lib.to_json(config)))
-    if path.exists() and not replace:
-        was, now = _flatten(_read(path)), _flatten(new)
+    before = None if replace else _read(path)
+    if before is not None:
+        was, now = _flatten(before), _flatten(new)
         differ = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
         differ = [name for name in differ if name.rpartition(".")[2] not in may_differ]
         if differ:
@@ -38,27 +40,28 @@ def save_config(workdir: str | Path, config: Any, may_differ: Iterable[str] = ()
             raise ValueError(f"{path} is of another run: {changes}")
     if jax.process_index() == 0:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, new)
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def load_config(workdir: str | Path) -> Any:
+def load_config(workdir: str | os.PathLike) -> Any:
     """The configuration saved in `workdir`.
 
     Raises:
       ValueError: there is none, or it cannot be read by this version.
     """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
+    path = storage.place(workdir) / "config.json"
+    tree = _read(path)
+    if tree is None:
         raise ValueError(f"{path} does not exist: {workdir} is not a run's directory")
-    return config_lib.from_json(_read(path))
+    return config_lib.from_json(tree)
 
 
-def _read(path: Path) -> dict:
+def _read(path: storage.Place) -> dict | None:
+    """The configuration at `path`, or None if there is no such file."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(storage.read_text(path)) if storage.exists(path) else None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
