@@ -23,12 +23,16 @@ from jaxgen.train import (
     Interrupted,
     NonFiniteError,
     abstract_state,
+    check_batch,
+    check_rules,
     load_config,
     load_params,
     make_mesh,
+    parse_rules,
     shardings,
     start_world,
 )
+from jaxgen.train.mesh import path_name
 
 __all__ = [
     "add_device_flags",
@@ -114,17 +118,34 @@ def load_config_file(path: str) -> ModuleType:
     return module
 
 
-def check_stages(recipe: Recipe, mesh: Mesh) -> None:
+def check_stages(recipe: Recipe, mesh: Mesh, shard: Sequence[str] = ()) -> Recipe:
     """Finds sizes that do not fit each other or the mesh in any stage, before hours have gone into the first one.
 
-    Only shapes are computed.
+    Only shapes are computed; where a batch is to be split, one of each stage is read.
+
+    Args:
+      recipe: to be trained.
+      mesh: its devices.
+      shard: patterns that come before the recipe's own, see `jaxgen.train.parse_rules`.
+
+    Returns:
+      The recipe with these patterns.
 
     Raises:
-      ValueError: what the stage's modules, its optimizer or `jaxgen.train.mesh.shardings` object to.
+      ValueError: what the stage's modules, its optimizer or `jaxgen.train.mesh.shardings` object to, a batch that the mesh does
+        not divide, or a pattern (see `jaxgen.train.check_rules`).
     """
-    params = {}
+    rules = parse_rules(shard)
+    recipe, params, names = recipe.with_rules(rules), {}, []
     for stage in recipe.stages:
-        params[stage.name] = abstract_state(stage, mesh, {name: params[name] for name in stage.needs}).params
+        state = abstract_state(stage, mesh, {name: params[name] for name in stage.needs})
+        params[stage.name] = state.params
+        leaves = jax.tree_util.tree_leaves_with_path((state.params, state.state))
+        names.append([path_name(path[1:]) for path, _ in leaves])
+    check_rules(rules, names)
+    for stage in recipe.stages:
+        check_batch(stage, mesh)
+    return recipe
 
 
 def open_workdir(

@@ -18,7 +18,8 @@ from jaxgen.train.mesh import (
     to_host,
 )
 from jaxgen.train.profile import CompileCache, Profile
-from jaxgen.train.step import TrainState, abstract_state, init_state, make_step
+from jaxgen.train.rules import check_rules, parse_rules
+from jaxgen.train.step import TrainState, abstract_state, check_batch, init_state, make_step
 from jaxgen.train.waiting import saying
 from jaxgen.train.workdir import load_config, save_config
 
@@ -37,6 +38,8 @@ __all__ = [
     "abstract_state",
     "batch_sharding",
     "batch_share",
+    "check_batch",
+    "check_rules",
     "evaluate",
     "find_world",
     "init_state",
@@ -45,6 +48,7 @@ __all__ = [
     "make_mesh",
     "make_step",
     "parse_mesh",
+    "parse_rules",
     "replicated",
     "save_config",
     "save_params",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxgen.recipe import Stage
-from jaxgen.train.mesh import batch_sharding, path_name, replicated, shardings
+from jaxgen.train.mesh import batch_sharding, batch_share, path_name, replicated, shardings
 from kernels_pallas import partitioned
 
-__all__ = ["TrainState", "abstract_state", "init_state", "make_step"]
+__all__ = ["TrainState", "abstract_state", "check_batch", "init_state", "make_step"]
 
 PyTree = Any
 
@@ -178,17 +179,36 @@ def _gradients(stage: Stage, mesh: Mesh, ts: TrainState, batch: PyTree, key: PRN
     return grads, state, jax.tree.map(jnp.mean, metrics)
 
 
+def check_batch(stage: Stage, mesh: Mesh) -> None:
+    """That a batch of the stage's data, of which one is read, can be split over the mesh and into micro-batches.
+
+    Raises:
+      ValueError: the stage, and the numbers that do not divide each other.
+    """
+    if _parts(mesh) * stage.accumulate == 1 or not stage.steps:
+        return
+    index, count = batch_share(mesh)
+    with contextlib.closing(iter(stage.data(index, count))) as data:
+        size = len(jax.tree.leaves(next(data))[0]) * count
+    _check_size(size, stage.accumulate, mesh, f"stage {stage.name!r}: ")
+
+
+def _parts(mesh: Mesh) -> int:
+    return mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+
+
+def _check_size(size: int, n: int, mesh: Mesh, where: str = "") -> None:
+    if size % (n * _parts(mesh)):
+        micro = f"into accumulate={n} micro-batches " if n > 1 else ""
+        raise ValueError(f"{where}a batch of {size} examples cannot be split {micro}over data*fsdp={_parts(mesh)} devices")
+
+
 def _split(batch: PyTree, n: int, mesh: Mesh) -> PyTree:
     """`[b, ...]` as `[n, b / n, ...]`; micro-batch i takes every n-th example, so that no example changes its device."""
     axes = batch_sharding(mesh).spec[0]
-    parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
 
     def split(x):
-        if x.shape[0] % (n * parts):
-            raise ValueError(
-                f"a batch of {x.shape[0]} examples cannot be split into accumulate={n} micro-batches over "
-                f"data*fsdp={parts} devices"
-            )
+        _check_size(x.shape[0], n, mesh)
         x = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, axes)))
 

@@ -1,4 +1,4 @@
-"""The configuration that a run's directory was made with."""
+"""The configuration that a run's directory was made with, and the version of jaxgen that wrote it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 
+import jaxgen
 from jaxgen import config as config_lib
 from jaxgen import storage
 from jaxgen.train.log import write_json
 
 __all__ = ["load_config", "save_config"]
+
+_VERSION = "jaxgen"  # the entry of the file that is no field of the configuration
 
 
 def save_config(workdir: str | os.PathLike, config: Any, may_differ: Iterable[str] = (), *, replace: bool = False) -> None:
@@ -30,17 +33,17 @@ def save_config(workdir: str | os.PathLike, config: Any, may_differ: Iterable[st
     """
     path = storage.place(workdir) / "config.json"
     new = json.loads(json.dumps(config_lib.to_json(config)))
-    before = None if replace else _read(path)
+    before, version = (None, None) if replace else _read(path)
     if before is not None:
         was, now = _flatten(before), _flatten(new)
         differ = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
         differ = [name for name in differ if name.rpartition(".")[2] not in may_differ]
         if differ:
             changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in differ)
-            raise ValueError(f"{path} is of another run: {changes}")
+            raise ValueError(f"{path}{_saved_by(version)} is of another run: {changes}")
     if jax.process_index() == 0:
         try:
-            write_json(path, new)
+            write_json(path, {_VERSION: jaxgen.__version__, **new})
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -49,19 +52,36 @@ def load_config(workdir: str | os.PathLike) -> Any:
     """The configuration saved in `workdir`.
 
     Raises:
-      ValueError: there is none, or it cannot be read by this version.
+      ValueError: there is none, or it cannot be read by this version; the file, the version that wrote it and the fields
+        are named.
     """
     path = storage.place(workdir) / "config.json"
-    tree = _read(path)
+    tree, version = _read(path)
     if tree is None:
         raise ValueError(f"{path} does not exist: {workdir} is not a run's directory")
-    return config_lib.from_json(tree)
-
-
-def _read(path: storage.Place) -> dict | None:
-    """The configuration at `path`, or None if there is no such file."""
     try:
-        return json.loads(storage.read_text(path)) if storage.exists(path) else None
+        return config_lib.from_json(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}{_saved_by(version)}: {error}") from error
+
+
+def _saved_by(version: str | None) -> str:
+    """Said where it explains something."""
+    if version == jaxgen.__version__:
+        return ""
+    who = f"jaxgen {version}" if version else "a jaxgen that did not note its version"
+    return f" (saved by {who}; this is {jaxgen.__version__})"
+
+
+def _read(path: storage.Place) -> tuple[dict | None, str | None]:
+    """The configuration at `path` and the version that wrote it; None if there is no such file."""
+    try:
+        if not storage.exists(path):
+            return None, None
+        tree = json.loads(storage.read_text(path))
+        if not isinstance(tree, dict):
+            raise ValueError("not a configuration")
+        return {name: value for name, value in tree.items() if name != _VERSION}, tree.get(_VERSION)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
