@@ -25,6 +25,8 @@ class Bucket(fsspec.AbstractFileSystem):
     cachable = False
     objects: dict[str, tuple[bytes, int]] = {}
     requests: list[str] = []
+    gate = threading.Event()  # uploads of arrays wait for it
+    late: list[str] = []  # those that waited in vain
 
     @classmethod
     def put(cls, name: str, data: bytes) -> int:
@@ -137,6 +139,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         bucket, name, query = self._name()
         data = self.rfile.read(int(self.headers["Content-Length"]))
+        if not Bucket.gate.wait(20):
+            Bucket.late.append(name)
         current = Bucket.objects.get(f"{bucket}/{name}", (b"", 0))[1]
         if query.get("ifGenerationMatch", str(current)) != str(current):
             return self._say(412)
@@ -158,6 +162,7 @@ def serving():
         "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{server.server_port}",
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
     }
+    Bucket.gate.set()
     # What orbax asks of Google's client: whether the bucket has folders of its own.
     client = types.SimpleNamespace(get_bucket=lambda name: types.SimpleNamespace(hierarchical_namespace_enabled=False))
     google = types.ModuleType("google.cloud")
@@ -170,5 +175,6 @@ def serving():
             _registry.pop(name, None)
         Bucket.objects.clear()
         Bucket.requests.clear()
+        Bucket.late.clear()
         server.shutdown()
         server.server_close()

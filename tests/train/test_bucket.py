@@ -101,6 +101,25 @@ def test_rows_are_written_with_each_checkpoint_and_after_a_while(bucket):
     assert [json.loads(row)["step"] for row in log.path.read_text().splitlines()] == [1]
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(bucket):
+    """The bucket takes nothing of the checkpoint of update 4 until update 5 is done."""
+    lines, seen = [], []
+
+    def log(line):
+        lines.append(line)
+        if line.startswith("first 4/7"):
+            seen.append(any(name.endswith("first/4/commit_success.txt") for name in bucket.objects))
+            bucket.gate.clear()
+        if line.startswith("first 5/7"):
+            seen.append(any(name.endswith("first/4/commit_success.txt") for name in bucket.objects))
+            bucket.gate.set()
+
+    train(recipe(7), WORKDIR, run=RunConfig(save_every=4, keep=2, log_every_s=0.0), log=log)
+    assert seen == [False, False] and not bucket.late
+    with Checkpoints(WORKDIR, "first") as checkpoints:
+        assert checkpoints.steps() == [4, 7]
+
+
 def test_a_trace_is_copied_when_it_ends(bucket, monkeypatch):
     """The profiler itself can only write to a disk."""
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: folders.append(Path(folder)))
