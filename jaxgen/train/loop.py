@@ -20,6 +20,7 @@ from jaxgen.data.throughput import Throughput
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train.checkpoint import Checkpoints, load_params
 from jaxgen.train.evaluation import evaluate
+from jaxgen.train.gradients import REDUCE_DTYPES, check_mesh, check_reducible, has_state
 from jaxgen.train.interrupt import Interrupted, signals
 from jaxgen.train.log import MetricsLog, Progress
 from jaxgen.train.mesh import batch_share, make_mesh, shard_batch, shardings
@@ -44,7 +45,7 @@ _COMPILE_S = 30.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How to run a training; nothing here changes what is learnt but `seed`.
+    """How to run a training; nothing here changes what is learnt but `seed`, and by rounding and other noise `reduce_dtype`.
 
     Attributes:
       seed: decides initial parameters and all random choices of the training.
@@ -54,6 +55,9 @@ class RunConfig:
         saved after an evaluation that is the best so far.
       log_every: updates between rows in `metrics.jsonl`.
       log_every_s: seconds between progress lines.
+      reduce_dtype: on a mesh of `data` alone, "float32" or "bfloat16" sums the devices' gradients once an update, in this type;
+        None leaves to the compiler when and in what type it does (see `jaxgen.train.gradients`). Stages with a state that
+        changes in training, which has to see whole batches, say that they do not follow.
       stuck_s: seconds after which an update or an evaluation that is not yet done is reported, again and again.
       profile: updates to record with JAX's profiler, from the tenth after the start on, into `profile/` of the work directory;
         0 records none. TensorBoard and Perfetto open the trace.
@@ -66,6 +70,7 @@ class RunConfig:
     eval_every: int = 0
     log_every: int = 10
     log_every_s: float = 5.0
+    reduce_dtype: str | None = None
     stuck_s: float = 300.0
     profile: int = 0
     tensorboard: bool = False
@@ -79,6 +84,8 @@ class RunConfig:
             raise ValueError(f"log_every_s={self.log_every_s}: expected seconds")
         if not self.stuck_s > 0:
             raise ValueError(f"stuck_s={self.stuck_s}: expected seconds above 0")
+        if self.reduce_dtype not in (None, *REDUCE_DTYPES):
+            raise ValueError(f"reduce_dtype={self.reduce_dtype!r}: expected one of {', '.join(REDUCE_DTYPES)}, or none")
 
 
 class NonFiniteError(FloatingPointError):
@@ -129,7 +136,7 @@ def train(
 
     Raises:
       ValueError: `workdir` holds a run of another configuration or seed, a checkpoint cannot be read or written, or a batch
-        does not fit the mesh.
+        or `run.reduce_dtype` does not fit the mesh.
       NonFiniteError: a loss or gradient that is not finite; checkpoints keep the last good parameters.
       Interrupted: SIGTERM or Ctrl-C, after the current update was finished and saved. A second one kills at once.
     """
@@ -137,6 +144,8 @@ def train(
     mesh = make_mesh() if mesh is None else mesh
     say = log if jax.process_index() == 0 else lambda line: None
     _check_stages(recipe.stages)
+    if run.reduce_dtype is not None:
+        check_mesh(mesh, run.reduce_dtype)
     started = _started(workdir)
     save_config(workdir, recipe.config, may_differ=_may_differ(recipe), replace=not started)
     done = {}
@@ -181,6 +190,7 @@ class _Training:
         stage, run = self.stage, self.run_config
         if stage.check is not None:
             stage.check(self.frozen)
+        self.reduce_dtype = self._reduce_dtype()
         train_state = self._start(key, data)
         step = int(train_state.step)
         self.rows.rewind(stage.name, step)
@@ -228,6 +238,16 @@ class _Training:
         self.checkpoints.wait()
         return StageResult(train_state.weights, train_state.state, step, metrics or self.last)
 
+    def _reduce_dtype(self) -> str | None:
+        """In what type gradients are summed once an update; None where that is left to the compiler."""
+        dtype = self.run_config.reduce_dtype
+        if dtype is not None and has_state(self.stage, self.frozen):
+            self.say(f"{self.stage.name}: reduce_dtype={dtype} is left out, as the stage's state has to see whole batches")
+            return None
+        if dtype is not None:
+            check_reducible(self.stage, self.mesh, self.frozen, dtype)
+        return dtype
+
     def _start(self, key: PRNGKeyArray, data: Any) -> TrainState:
         """The stage's training state, new or from its last checkpoint; `data` is moved to its place."""
         stage, step = self.stage, self.checkpoints.latest()
@@ -264,7 +284,8 @@ class _Training:
         self.say(f"{self.stage.name}: compiling the step ({size:,} parameters, mesh {dict(self.mesh.shape)})")
         start = time.monotonic()
         with saying(f"compiling the step of {self.stage.name}", every_s=_COMPILE_S, log=self.say):
-            update = make_step(self.stage, self.mesh, self.frozen).lower(train_state, batch, self.frozen).compile()
+            step = make_step(self.stage, self.mesh, self.frozen, reduce_dtype=self.reduce_dtype)
+            update = step.lower(train_state, batch, self.frozen).compile()
         self.say(f"{self.stage.name}: compiled in {time.monotonic() - start:.1f} s")
         return update
 
