@@ -16,18 +16,23 @@ from types import ModuleType
 import jax
 from jax.sharding import Mesh
 
+from jaxgen import storage
 from jaxgen.recipe import Recipe
 from jaxgen.train import (
     CompileCache,
     Interrupted,
     NonFiniteError,
     abstract_state,
+    check_batch,
+    check_rules,
     load_config,
     load_params,
     make_mesh,
+    parse_rules,
     shardings,
     start_world,
 )
+from jaxgen.train.mesh import path_name
 
 __all__ = [
     "add_device_flags",
@@ -115,21 +120,38 @@ def load_config_file(path: str) -> ModuleType:
     return module
 
 
-def check_stages(recipe: Recipe, mesh: Mesh) -> None:
+def check_stages(recipe: Recipe, mesh: Mesh, shard: Sequence[str] = ()) -> Recipe:
     """Finds sizes that do not fit each other or the mesh in any stage, before hours have gone into the first one.
 
-    Only shapes are computed.
+    Only shapes are computed; where a batch is to be split, one of each stage is read.
+
+    Args:
+      recipe: to be trained.
+      mesh: its devices.
+      shard: patterns that come before the recipe's own, see `jaxgen.train.parse_rules`.
+
+    Returns:
+      The recipe with these patterns.
 
     Raises:
-      ValueError: what the stage's modules, its optimizer or `jaxgen.train.mesh.shardings` object to.
+      ValueError: what the stage's modules, its optimizer or `jaxgen.train.mesh.shardings` object to, a batch that the mesh does
+        not divide, or a pattern (see `jaxgen.train.check_rules`).
     """
-    params = {}
+    rules = parse_rules(shard)
+    recipe, params, names = recipe.with_rules(rules), {}, []
     for stage in recipe.stages:
-        params[stage.name] = abstract_state(stage, mesh, {name: params[name] for name in stage.needs}).params
+        state = abstract_state(stage, mesh, {name: params[name] for name in stage.needs})
+        params[stage.name] = state.params
+        leaves = jax.tree_util.tree_leaves_with_path((state.params, state.state))
+        names.append([path_name(path[1:]) for path, _ in leaves])
+    check_rules(rules, names)
+    for stage in recipe.stages:
+        check_batch(stage, mesh)
+    return recipe
 
 
 def open_workdir(
-    workdir: str | Path, *, edits: Sequence[str] = (), step: int | str | None = None, mesh: Mesh | None = None
+    workdir: str | os.PathLike, *, edits: Sequence[str] = (), step: int | str | None = None, mesh: Mesh | None = None
 ) -> tuple[Recipe, dict[str, dict]]:
     """The recipe that was trained in `workdir`, and the parameters of its stages (averaged ones where they were kept).
 
@@ -170,20 +192,15 @@ def comma_separated(text: str, flag: str, kind=int) -> list:
 
 @contextlib.contextmanager
 def output_file(flag: str, path: str) -> Iterator[Path]:
-    """A name to write to, in the folder of `path` (made if missing); in the end the file moves to `path`, whole.
+    """A name to write to; in the end the file moves to `path`, whole, in a folder that is made if missing.
 
-    For process 0 alone, where there are several.
+    For process 0 alone, where there are several. The path may be one of a bucket.
 
     Raises:
       ValueError: it cannot be written; what was at `path` is still there.
     """
-    temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        with storage.whole(storage.place(path)) as temporary:
+            yield temporary
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

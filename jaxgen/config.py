@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import types
 import typing
 from collections.abc import Iterable
@@ -110,8 +111,8 @@ def from_json(tree: dict) -> Any:
     """The configuration that `to_json` wrote.
 
     Raises:
-      ValueError: a type outside jaxgen, fields that the class does not have, or values of the wrong type (a file that was
-        saved by another version, or edited).
+      ValueError: a type outside jaxgen, fields that the class does not have, that it has and the file lacks, or values of the
+        wrong type (a file that was saved by another version, or edited); each is named.
     """
     module, _, name = str(tree.get("type", "")).partition(":")
     if not module.startswith("jaxgen."):
@@ -127,9 +128,13 @@ def _build(cls, tree: Any, path: str):
     if not (dataclasses.is_dataclass(cls) and isinstance(tree, dict)):
         raise ValueError(f"config {path}: {tree!r} is not a group of fields")
     hints = typing.get_type_hints(cls)
-    unknown = set(tree) - {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = set(tree) - set(fields)
     if unknown:
         raise ValueError(f"config {path}: unknown fields {sorted(unknown)} (saved by another version?)")
+    missing = [f"{name} (now {_default(field)})" for name, field in fields.items() if name not in tree]
+    if missing:
+        raise ValueError(f"config {path}: lacks the fields {', '.join(missing)}; add them with what was meant by their absence")
     out = {}
     for key, value in tree.items():
         kind = hints[key]
@@ -140,6 +145,12 @@ def _build(cls, tree: Any, path: str):
             if not _fits(out[key], kind):
                 raise ValueError(f"config {path}.{key}: {value!r} is not of type {getattr(kind, '__name__', kind)}")
     return cls(**out)
+
+
+def _default(field: dataclasses.Field) -> str:
+    """What a field is where nobody sets it, as JSON has it."""
+    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return "without a default" if made is dataclasses.MISSING else json.dumps(_plain(made))
 
 
 def _fits(value: Any, kind: Any) -> bool:

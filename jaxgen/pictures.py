@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from jaxgen import storage
 
 __all__ = ["grid", "rows", "save_png"]
 
@@ -132,10 +133,10 @@ def _margin(labels: Sequence[str], height: int, pad: int, shape: tuple[int, ...]
 
 
 def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "h w C"]) -> None:
-    """Writes a PNG that is never seen half-written: a temporary file beside it, then a rename.
+    """Writes a PNG that is never seen half-written.
 
     Args:
-      path: of the file; missing folders are made.
+      path: of the file, on a disk or in a bucket; missing folders are made.
       picture: uint8, C = 1 or 3.
 
     Raises:
@@ -147,11 +148,5 @@ def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "h w C"]) -> No
     picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] not in (1, 3):
         raise ValueError(f"picture of shape {picture.shape} and dtype {picture.dtype}: expected uint8 [h, w, 1 or 3]")
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with storage.whole(storage.place(path)) as temporary:
         Image.fromarray(picture[:, :, 0] if picture.shape[-1] == 1 else picture).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

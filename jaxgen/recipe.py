@@ -87,6 +87,11 @@ class Recipe:
         edits = list(edits)
         return config_lib.override(self.config, edits).recipe() if edits else self
 
+    def with_rules(self, rules: tuple) -> Recipe:
+        """The recipe with rules that come before each stage's own (see `Stage.rules`)."""
+        stages = tuple(dataclasses.replace(stage, rules=(*rules, *stage.rules)) for stage in self.stages)
+        return dataclasses.replace(self, stages=stages)
+
     def stage(self, name: str) -> Stage:
         """The stage called `name`."""
         for stage in self.stages:

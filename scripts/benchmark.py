@@ -5,6 +5,7 @@ python scripts/benchmark.py decoding --batch 1,32        # --size small for a qu
 python scripts/benchmark.py var --depth 16 --batch 1
 python scripts/benchmark.py var --depth 16 --batch 1,64 --dtype bfloat16 --train
 python scripts/benchmark.py llamagen --batch 1           # LlamaGen-B, 256 tokens; --size small for a quick look
+python scripts/benchmark.py checkpoints --size small     # what saving 300 M parameters (small: 1 M) costs a training
 TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python scripts/benchmark.py var --depth 16 --dtype bfloat16 --train --topology v5e:2x2
 TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python scripts/benchmark.py recipes --topology v5e:2x2     # every configs/*.py, smoke
 """
@@ -21,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgen import benchmark, cli, decoding_benchmark, kernel_benchmark, kernel_cases
+from jaxgen import benchmark, checkpoint_benchmark, cli, decoding_benchmark, kernel_benchmark, kernel_cases
 from jaxgen.decoding import Settings
 from jaxgen.generators import ImageLlama, NextScaleSampler, NextTokenSampler
 from jaxgen.recipe_compile import compile_recipe
@@ -34,13 +35,13 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("var", "llamagen", "kernels", "decoding", "recipes"))
+    parser.add_argument("what", choices=("var", "llamagen", "kernels", "decoding", "recipes", "checkpoints"))
     parser.add_argument("--depth", type=int, default=16, help="width is 64 depth, as published")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--unrolled", action="store_true", help="do not scan over layers")
     parser.add_argument("--repeats", type=int, help="3, 5 for decoding, 20 for kernels")
-    parser.add_argument("--size", help="of the kernels' problems: small or full; of the decoded model: small or 25m")
+    parser.add_argument("--size", help="of the kernels' problems: small or full; of the decoded model: small or 25m; and so on")
     parser.add_argument("--only", default="", help="problems, methods or configs whose name contains this")
     parser.add_argument("--train", action="store_true", help="also the generator's training step")
     parser.add_argument("--topology", help="compile for this TPU topology instead of running, such as v5e:2x2")
@@ -51,7 +52,8 @@ def main():
         args.repeats = {"kernels": 20, "decoding": 5}.get(args.what, 3)
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats}: expected at least 1")
-    rows = {"kernels": kernels, "decoding": decoding, "recipes": recipes, "var": var, "llamagen": llamagen}[args.what](args)
+    measures = dict(kernels=kernels, decoding=decoding, recipes=recipes, checkpoints=checkpoints, var=var, llamagen=llamagen)
+    rows = measures[args.what](args)
     print(text_table(rows))
     print(json.dumps(rows))
     if args.json:
@@ -105,6 +107,15 @@ def recipes(args) -> list[dict]:
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if not rows:
         raise ValueError(f"--only {args.only!r} fits none of the configs")
+    return rows
+
+
+def checkpoints(args) -> list[dict]:
+    """How long a training stands still for a save, and until it is complete, in the system's temporary folder."""
+    rows = []
+    for row in checkpoint_benchmark.bench(1_000_000 if args.size == "small" else 300_000_000):
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        rows.append(row)
     return rows
 
 

@@ -7,11 +7,10 @@ python scripts/evaluate.py --workdir runs/d16 --num 50000 --inception pt_incepti
 
 import argparse
 import json
-from pathlib import Path
 
 import jax
 
-from jaxgen import cli
+from jaxgen import cli, storage
 from jaxgen.interop import inception
 from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.image_quality import data_reference, npz_reference, sample_quality
@@ -56,7 +55,7 @@ def main():
 def inception_scores(args, recipe, params, settings, mesh) -> dict:
     """FID and the like; statistics are kept in the work directory, so that nothing is sampled twice."""
     network, variables = inception.load(args.inception)
-    folder, log = Path(args.workdir) / "quality", print
+    folder, log = storage.place(args.workdir) / "quality", print
     if args.reference:
         reference = npz_reference(args.reference, network, variables, folder=folder / "reference", log=log)
     else:
@@ -78,7 +77,7 @@ def inception_scores(args, recipe, params, settings, mesh) -> dict:
 def save(name: str, workdir: str, results: dict) -> None:
     """Prints the measures, and writes them to the work directory."""
     if jax.process_index() == 0:
-        write_json(Path(workdir) / name, results)
+        write_json(storage.place(workdir) / name, results)
         print(json.dumps(results, indent=2))
 
 

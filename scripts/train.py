@@ -14,8 +14,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file with get_config(variant)")
     parser.add_argument("--variant", required=True)
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", required=True, help="a folder, or gs://bucket/folder")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="edits of the configuration")
+    parser.add_argument(
+        "--shard",
+        nargs="*",
+        default=[],
+        action="extend",
+        metavar="PATTERN=AXES",
+        help="where parameters lie whose path has the pattern, by dimension: head/head/kernel=fsdp,tensor; - splits nothing",
+    )
     parser.add_argument("--until", metavar="STAGE", help="trains this stage and those before it")
     parser.add_argument("--profile", type=int, metavar="N", help="records a trace of N updates in the work directory")
     cli.add_device_flags(parser)
@@ -24,7 +32,7 @@ def main():
     recipe = cli.load_config_file(args.config).get_config(args.variant).override([*args.set, *profile])
     mesh = cli.open_devices(args, every_device=True)
     recipe = recipe.config.resolve().recipe()
-    cli.check_stages(recipe, mesh)
+    recipe = cli.check_stages(recipe, mesh, args.shard)
     if args.until:
         last = recipe.stages.index(recipe.stage(args.until))
         recipe = dataclasses.replace(recipe, stages=recipe.stages[: last + 1])

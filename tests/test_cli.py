@@ -7,10 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxgen import cli
 from jaxgen.recipes.next_scale import param_shapes
 from jaxgen.train import Interrupted, NonFiniteError, make_mesh, save_config, save_params
+from jaxgen.train.mesh import AXES
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "var.py")
 
@@ -98,6 +101,28 @@ def test_sizes_are_checked_in_every_stage_before_any_is_trained():
     for edit, message in (("model.heads=3", "heads=3"), ("classifier.width=12", "width=12"), ("tokenizer.groups=5", "groups=5")):
         with pytest.raises(ValueError, match=message):
             cli.check_stages(recipe.override([edit]), mesh)
+
+
+def test_a_mesh_that_does_not_divide_heads_or_batches():
+    recipe = cli.load_config_file(CONFIG).get_config("smoke")
+    mesh = AbstractMesh((1, 1, 4), AXES, axis_types=(AxisType.Auto,) * 3)
+    text = r"generator/.*/attention/\w+/kernel: shape \(.*\) has a dimension 2 that tensor=4 does not divide"
+    with pytest.raises(ValueError, match=text):
+        cli.check_stages(recipe.override(["model.heads=2"]), mesh)
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    odd = recipe.override(["model_train.batch_size=9", "model_train.accumulate=2"])
+    with pytest.raises(ValueError, match="stage 'generator': a batch of 9 examples cannot be split into accumulate=2"):
+        cli.check_stages(odd, mesh)
+
+
+def test_shard_patterns_come_before_the_recipes_own():
+    recipe = cli.load_config_file(CONFIG).get_config("smoke")
+    mesh = make_mesh("data=1", jax.devices()[:1])
+    found = cli.check_stages(recipe, mesh, ["generator/.*head/head/kernel=-,tensor"])
+    assert [stage.rules[0] for stage in found.stages] == [("generator/.*head/head/kernel", P(None, "tensor"))] * len(found.stages)
+    assert [stage.rules[1:] for stage in found.stages] == [stage.rules for stage in recipe.stages]
+    with pytest.raises(ValueError, match="--shard pattern 'haed/kernel' matches no parameter"):
+        cli.check_stages(recipe, mesh, ["haed/kernel=tensor"])
 
 
 def test_a_work_directory_with_other_edits_steps_and_places(tmp_path, randomize):

@@ -96,6 +96,7 @@ def test_json_round_trip():
         ({"type": "jaxgenx.optim:OptimConfig"}, "is not one of jaxgen's"),
         ({"type": "jaxgen.optim:Optim"}, "'jaxgen.optim:Optim' does not exist"),
         ({"type": "jaxgen.optim:OptimConfig", "speed": 3}, r"OptimConfig: unknown fields \['speed'\]"),
+        ({"type": "jaxgen.optim:OptimConfig", "lr": 3.0}, r"OptimConfig: lacks the fields .*clip \(now .*\)"),
     ],
 )
 def test_json_names_what_is_wrong(tree, message):

@@ -24,6 +24,7 @@ import numpy as np
 from jaxgen.data.loader import DataConfig, stream
 from jaxgen.data.sources import Source
 from jaxgen.data.transforms import Preprocess
+from jaxgen.storage import on_disk
 
 __all__ = ["TokenSource", "digest", "token_batches", "write_tokens"]
 
@@ -79,8 +80,8 @@ def write_tokens(
       log: takes a line every few seconds.
 
     Raises:
-      ValueError: numbers out of range, several views without random crops or flips, a folder with a cache that was made
-        otherwise, or tokens that are not below `vocab`.
+      ValueError: a folder in a bucket, numbers out of range, several views without random crops or flips, a folder with a cache
+        that was made otherwise, or tokens that are not below `vocab`.
     """
     fields = ("channels", "image_size", "mid_scale", "flip")
     preprocess = Preprocess(train=train, **{field: getattr(config, field) for field in fields})
@@ -103,7 +104,7 @@ def write_tokens(
         "seed": config.seed,
         "transform": dataclasses.asdict(preprocess),
     }
-    folder = Path(folder)
+    folder = on_disk(folder, "a token cache")
     folder.mkdir(parents=True, exist_ok=True)
     _plan(folder, about, write=process_index == 0)
     shards = range(process_index, -(-len(source) // per_shard), process_count)
@@ -211,14 +212,14 @@ class TokenSource:
       tokenizer: `digest` of the tokenizer that the tokens are to be decoded with; None does not ask.
 
     Raises:
-      ValueError: no cache, shards that are missing, or one that was made with another tokenizer.
+      ValueError: no cache, one in a bucket, shards that are missing, or one that was made with another tokenizer.
     """
 
     folder: str
     tokenizer: str | None = None
 
     def __post_init__(self):
-        about, folder = self._about, Path(self.folder)
+        folder, about = self._folder, self._about
         if self.tokenizer not in (None, about["tokenizer"]):
             theirs, ours = about["tokenizer"][:12], self.tokenizer[:12]
             raise ValueError(f"{self.folder} holds tokens of a tokenizer {theirs}, and not of this one, {ours}: encode again")
@@ -235,7 +236,7 @@ class TokenSource:
         """Type and shape of an example's arrays, which are the same in all shards."""
         found = {}
         for kind in ("tokens", "views", "labels"):
-            path = _name(Path(self.folder), kind, 0)
+            path = _name(self._folder, kind, 0)
             try:
                 array = np.load(path, mmap_mode="r")
             except (OSError, ValueError, EOFError) as error:
@@ -244,8 +245,12 @@ class TokenSource:
         return found
 
     @functools.cached_property
+    def _folder(self) -> Path:
+        return on_disk(self.folder, "a token cache")
+
+    @functools.cached_property
     def _about(self) -> dict[str, Any]:
-        return _read_index(Path(self.folder))
+        return _read_index(self._folder)
 
     @property
     def num_classes(self) -> int:
@@ -275,7 +280,7 @@ class TokenSource:
     def _array(self, kind: str, shard: int) -> np.ndarray:
         dtype, shape = self._layout[kind]
         rows = min(self._about["per_shard"], len(self) - shard * self._about["per_shard"])
-        return _mapped(str(_name(Path(self.folder), kind, shard)), dtype, (rows, *shape))
+        return _mapped(str(_name(self._folder, kind, shard)), dtype, (rows, *shape))
 
 
 @functools.lru_cache(maxsize=256)

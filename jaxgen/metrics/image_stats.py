@@ -12,12 +12,12 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from jaxgen import storage
 from jaxgen.metrics.frechet import FeatureStats, frechet_distance, precision_recall
 from jaxgen.metrics.score import ScoreStats, softmax
 
@@ -138,8 +138,7 @@ class ImageStats:
         Raises:
           OSError: the folder cannot be written, or the disk is full.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = storage.place(folder)
         if not (folder / STATE).exists():
             _remove_features(folder, since=0)
         for number, (index, features) in enumerate(self.features):
@@ -159,7 +158,7 @@ class ImageStats:
         Raises:
           ValueError: no state there, or a damaged file; it is named.
         """
-        folder = Path(folder)
+        folder = storage.place(folder)
         x = _read(folder / STATE)
         try:
             pool, spatial = (
@@ -181,7 +180,7 @@ class ImageStats:
         return out
 
 
-def _remove_features(folder: Path, since: int) -> None:
+def _remove_features(folder: storage.Place, since: int) -> None:
     """What an interrupted `save` wrote ahead of its state."""
     for path in folder.glob("features_*.npz"):
         if int(path.stem.rpartition("_")[2]) >= since:
@@ -212,7 +211,7 @@ class Reference:
             arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.cov}
         if self.features is not None:
             arrays["features"] = self.features
-        _write(Path(path), **arrays)
+        _write(storage.place(path), **arrays)
 
 
 def read_reference(path: str | os.PathLike) -> Reference:
@@ -222,7 +221,7 @@ def read_reference(path: str | os.PathLike) -> Reference:
     Raises:
       ValueError: the file cannot be read, has no such arrays, or they do not fit each other.
     """
-    path = Path(path)
+    path = storage.place(path)
     x = _read(path, lazy=("mu", "sigma", "mu_s", "sigma_s", "count", "features"))
     if "mu" not in x or "sigma" not in x:
         raise ValueError(f"{path}: no statistics (arrays mu and sigma)")
@@ -303,23 +302,16 @@ def image_scores(generated: ImageStats, reference: Reference, *, k: int = 3) -> 
     return out
 
 
-def _write(path: Path, **arrays) -> None:
+def _write(path: storage.Place, **arrays) -> None:
     """An npz file that is never half there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storage.whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
-def _read(path: Path, lazy: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+def _read(path: storage.Place, lazy: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of an npz file, or those of `lazy` that it has."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in (file.files if lazy is None else lazy) if name in file.files}
     except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a readable npz file ({error})") from error

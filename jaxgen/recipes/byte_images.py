@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxgen import storage
 from jaxgen.data import DataConfig, make_source
 from jaxgen.decoding import JpegGrammar, Settings
 from jaxgen.generators import ImageLlama, NextTokenSampler
@@ -217,7 +218,7 @@ def _sample(
     return {"images": images, "tokens": tokens, "valid": valid}
 
 
-def save_files(folder: str | Path, codec: JpegCodec | PixelCodec, tokens) -> list[Path]:
+def save_files(folder: str | os.PathLike, codec: JpegCodec | PixelCodec, tokens) -> list[storage.Place]:
     """Writes each row as a file: `0000.jpg` if it is valid, and its bytes alone as `0000.bin` if it is not.
 
     Args:
@@ -228,16 +229,16 @@ def save_files(folder: str | Path, codec: JpegCodec | PixelCodec, tokens) -> lis
     Raises:
       ValueError: a file cannot be written.
     """
-    paths = []
+    paths, top = [], storage.place(folder)
     for i, data in enumerate(map(from_tokens, np.asarray(tokens))):
         try:
             codec.decode(data)
-            path, data = Path(folder) / f"{i:04}.{codec.suffix}", codec.file(data)
+            path, data = top / f"{i:04}.{codec.suffix}", codec.file(data)
         except ValueError:
-            path = Path(folder) / f"{i:04}.bin"
+            path = top / f"{i:04}.bin"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            with storage.whole(path) as temporary:
+                temporary.write_bytes(data)
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
         paths.append(path)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int, UInt8
 
+from jaxgen import storage
 from jaxgen.data import DataConfig, batches, make_source, to_uint8
 from jaxgen.metrics import ImageStats, Reference, image_scores, npz_images, read_reference
 from jaxgen.metrics.image_stats import STATE, npz_count
@@ -76,7 +77,7 @@ class Collector:
         network,
         variables: Any,
         count: int,
-        folder: str | Path | None,
+        folder: str | os.PathLike | None,
         about: Mapping[str, Any],
         *,
         mesh: Mesh | None = None,
@@ -88,7 +89,7 @@ class Collector:
             raise ValueError(f"folder=None: {jax.process_count()} processes join their statistics in a folder")
         self.network, self.mesh, self.every, self.keep, self.split = network, mesh, save_every_s, keep, split
         self.variables = variables if mesh is None else jax.device_put(variables, replicated(mesh))
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else storage.place(folder)
         self.own = None if folder is None else self.folder / f"part_{jax.process_index():05d}"
         self.stats: ImageStats | None = None
         self.done = np.zeros(count, bool)
@@ -101,7 +102,7 @@ class Collector:
         _wait("jaxgen_statistics_read")
         self.saved = time.monotonic()
 
-    def _parts(self) -> Iterator[tuple[Path, ImageStats]]:
+    def _parts(self) -> Iterator[tuple[storage.Place, ImageStats]]:
         for path in sorted(self.folder.glob("part_*")):
             if (path / STATE).exists():
                 yield path, ImageStats.load(path)
@@ -162,7 +163,7 @@ def _local_rows(out: Mapping[str, jax.Array]) -> tuple[Int[np.ndarray, "n"], dic
     return np.concatenate([np.zeros(0, int), *places]), values
 
 
-def _check_run(folder: Path, about: dict[str, Any]) -> None:
+def _check_run(folder: storage.Place, about: dict[str, Any]) -> None:
     """That `folder` is new, or holds a run like this one."""
     path = folder / "run.json"
     about = json.loads(json.dumps(about))
@@ -177,7 +178,6 @@ def _check_run(folder: Path, about: dict[str, Any]) -> None:
             raise ValueError(f"{folder} holds the statistics of another run ({changes}); give another folder")
     _wait("jaxgen_statistics_checked")
     if jax.process_index() == 0 and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, about)
 
 
@@ -198,7 +198,7 @@ def sample_statistics(
     variables: Any,
     *,
     batch_size: int,
-    folder: str | Path | None = None,
+    folder: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
     settings: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
@@ -285,7 +285,7 @@ def data_reference(
     split: str = "train",
     limit: int | None = None,
     batch_size: int = 128,
-    folder: str | Path | None = None,
+    folder: str | os.PathLike | None = None,
     keep: int = KEEP,
     log: Callable[[str], None] = lambda line: None,
 ) -> Reference:
@@ -322,12 +322,12 @@ def data_reference(
 
 
 def npz_reference(
-    path: str | Path,
+    path: str | os.PathLike,
     network,
     variables: Any,
     *,
     batch_size: int = 128,
-    folder: str | Path | None = None,
+    folder: str | os.PathLike | None = None,
     keep: int = KEEP,
     log: Callable[[str], None] = lambda line: None,
 ) -> Reference:
@@ -364,7 +364,7 @@ def _reference(
     network,
     variables: Any,
     batch_size: int,
-    folder: str | Path | None,
+    folder: str | os.PathLike | None,
     about: Mapping[str, Any],
     keep: int,
     log: Callable[[str], None],

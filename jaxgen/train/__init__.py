@@ -3,6 +3,7 @@
 from jaxgen.train.checkpoint import Checkpoints, load_params, save_params
 from jaxgen.train.distributed import World, find_world, start_world
 from jaxgen.train.evaluation import evaluate
+from jaxgen.train.gradients import check_batch
 from jaxgen.train.interrupt import Interrupted
 from jaxgen.train.log import MetricsLog, Progress
 from jaxgen.train.loop import NonFiniteError, RunConfig, StageResult, train
@@ -18,6 +19,7 @@ from jaxgen.train.mesh import (
     to_host,
 )
 from jaxgen.train.profile import CompileCache, Profile
+from jaxgen.train.rules import check_rules, parse_rules
 from jaxgen.train.step import TrainState, abstract_state, init_state, make_step
 from jaxgen.train.waiting import saying
 from jaxgen.train.workdir import load_config, save_config
@@ -37,6 +39,8 @@ __all__ = [
     "abstract_state",
     "batch_sharding",
     "batch_share",
+    "check_batch",
+    "check_rules",
     "evaluate",
     "find_world",
     "init_state",
@@ -45,6 +49,7 @@ __all__ = [
     "make_mesh",
     "make_step",
     "parse_mesh",
+    "parse_rules",
     "replicated",
     "save_config",
     "save_params",

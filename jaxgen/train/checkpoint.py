@@ -1,16 +1,16 @@
 """Checkpoints of training: `<workdir>/checkpoints/<stage>/<step>/`.
 
 Written by orbax in the background: a checkpoint is built in a temporary directory that is renamed when everything is on
-disk, so that a directory named by a number is whole. Each holds `state` (the training state, or only weights if a converter
-wrote it), `data` (the input iterator's position) and `metrics` (the evaluation made at that step, if any).
+disk, so that a directory named by a number is whole; in a bucket its last file says so. Each holds `state` (the training
+state, or only weights if a converter wrote it), `data` (the input iterator's position) and `metrics` (the evaluation made at
+that step, if any).
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grain.checkpoint
@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from jaxgen import storage
 from jaxgen.train import reading
 from jaxgen.train.step import TrainState
 
@@ -31,18 +32,18 @@ class Checkpoints:
     """The checkpoints of one stage, opened for training. Use it as a context manager: leaving it waits for the last save.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory, on a disk or in a bucket (see `jaxgen.storage.place`).
       stage: the stage's name.
       keep: how many of the latest checkpoints to keep; the one with the lowest evaluation loss is kept besides.
       log: told of what an interrupted run left half-written, which is then removed.
     """
 
-    def __init__(self, workdir: str | Path, stage: str, *, keep: int = 2, log: Callable[[str], None] = print):
+    def __init__(self, workdir: str | os.PathLike, stage: str, *, keep: int = 2, log: Callable[[str], None] = print):
         self.directory = reading.directory(workdir, stage)
         if jax.process_index() == 0:
             for path in reading.incomplete(self.directory):
                 log(f"removing the incomplete checkpoint {path}")
-                shutil.rmtree(path)
+                storage.remove_tree(path)
         self.best_loss()  # reads what was saved beside each checkpoint, so that a damaged one is named
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(reading.quiet())
@@ -115,8 +116,9 @@ class Checkpoints:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds
             if jax.process_index() == 0:
-                for path in reading.incomplete(self.directory):
-                    shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(Exception):  # the first failure says more
+                    for path in reading.incomplete(self.directory):
+                        storage.remove_tree(path)
             latest = self.latest()
             rest = "there is no earlier one" if latest is None else f"the one of step {latest} is intact"
             raise ValueError(f"cannot save a checkpoint in {self.directory} ({rest}): {reading.reason(error)}") from error
@@ -158,7 +160,7 @@ class Checkpoints:
 
 
 def load_params(
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     stage: str,
     step: int | str | None = None,
     *,
@@ -194,7 +196,7 @@ def load_params(
     return restored[name], restored["state"]
 
 
-def save_params(workdir: str | Path, stage: str, params: PyTree, state: PyTree = ()) -> None:
+def save_params(workdir: str | os.PathLike, stage: str, params: PyTree, state: PyTree = ()) -> None:
     """Writes weights made elsewhere as the stage's checkpoint of step 0: `load_params` reads it, training starts from it.
 
     Raises:

@@ -9,10 +9,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 
 import jax
+
+from jaxgen import storage
 
 __all__ = ["MetricsLog", "Progress", "write_json"]
 
@@ -20,10 +21,11 @@ __all__ = ["MetricsLog", "Progress", "write_json"]
 class MetricsLog:
     """Appends rows `{"stage": ..., "step": ..., name: float, ...}` to `<workdir>/metrics.jsonl`, from process 0 only.
 
-    A number that is not finite becomes `null`, as JSON has no other word for it.
+    A number that is not finite becomes `null`, as JSON has no other word for it. On a disk each row is there at once; in a
+    bucket, every half minute and after `flush`.
 
     Args:
-      workdir: the run's directory, which exists.
+      workdir: the run's directory (see `jaxgen.storage.place`).
       tensorboard: also write TensorBoard events to `<workdir>/tensorboard`.
       wandb: also log to Weights & Biases, as the run named after `workdir`.
 
@@ -31,26 +33,31 @@ class MetricsLog:
       ValueError: a dashboard's package is not installed, or the file cannot be written.
     """
 
-    def __init__(self, workdir: str | Path, *, tensorboard: bool = False, wandb: bool = False):
-        self.path = Path(workdir) / "metrics.jsonl"
+    def __init__(self, workdir: str | os.PathLike, *, tensorboard: bool = False, wandb: bool = False):
+        self.path = storage.place(workdir) / "metrics.jsonl"
         self._on = jax.process_index() == 0
-        self._file = self._board = self._wandb = None
+        self._rows = storage.Lines(self.path)
+        self._board = self._wandb = None
         if not self._on:
             return
+        bucket, folder = storage.in_bucket(self.path), self.path.parent
         if tensorboard:
-            self._board = _require("tensorboardX", "tensorboard").SummaryWriter(str(self.path.parent / "tensorboard"))
+            board = _require("tensorboardX", "tensorboard")
+            try:
+                self._board = board.SummaryWriter(str(folder / "tensorboard"))
+            except ImportError as error:  # of the package by which tensorboardX writes to buckets
+                raise ValueError(f"tensorboard=True cannot write to {folder / 'tensorboard'}: {error}") from error
         if wandb:
-            self._wandb = _require("wandb", "wandb").init(
-                project="jaxgen", name=self.path.parent.resolve().name, dir=str(self.path.parent), resume="allow"
-            )
+            # What it keeps itself has to be on a disk: in a bucket's case, where the program was started.
+            name, kept = folder.name if bucket else folder.resolve().name, None if bucket else str(folder)
+            self._wandb = _require("wandb", "wandb").init(project="jaxgen", name=name, dir=kept, resume="allow")
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *error) -> None:
-        if self._file:
-            with contextlib.suppress(OSError):  # every row was flushed, or its failure raised
-                self._file.close()
+        with contextlib.suppress(OSError) if error[0] else self._writable():
+            self._rows.close()
         if self._board:
             self._board.close()
         if self._wandb:
@@ -58,32 +65,33 @@ class MetricsLog:
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the stage's rows after `step`, and a last line that a killed run left unfinished: they will come again."""
-        if not self._on or not self.path.exists():
+        if not self._on:
             return
-        rows = [row for row in map(_parse, self.path.read_text().splitlines()) if row is not None]
-        rows = [row for row in rows if row.get("stage") != stage or row.get("step", 0) <= step]
-        if self._file:
-            self._file.close()
-            self._file = None
         with self._writable():
-            _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            lines = self._rows.read()
+            rows = [row for row in map(_parse, lines) if row is not None]
+            rows = [row for row in rows if row.get("stage") != stage or row.get("step", 0) <= step]
+            if lines:
+                self._rows.replace([json.dumps(row) for row in rows])
 
     def write(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """Appends one row; it is on its way to the disk when this returns."""
+        """Appends one row; where the file is on a disk, it is on its way there when this returns."""
         if not self._on:
             return
         values = {name: float(value) for name, value in metrics.items()}
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._writable():
-            if self._file is None:
-                self._file = self.path.open("a")
-            self._file.write(json.dumps({"stage": stage, "step": step, **row}) + "\n")
-            self._file.flush()
+            self._rows.add(json.dumps({"stage": stage, "step": step, **row}))
         for name, value in values.items():
             if self._board:
                 self._board.add_scalar(f"{stage}/{name}", value, step)
         if self._wandb:
             self._wandb.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+
+    def flush(self) -> None:
+        """Writes what is not written yet: what a checkpoint counts as done has to be there."""
+        with self._writable():
+            self._rows.flush()
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
@@ -154,12 +162,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
-def write_json(path: Path, tree: dict) -> None:
+def write_json(path: storage.Place, tree: dict) -> None:
     """Writes `tree` so that the file is never seen half-written."""
-    _replace(path, json.dumps(tree, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    storage.write_text(path, json.dumps(tree, indent=2) + "\n")

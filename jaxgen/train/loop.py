@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from jaxgen import storage
 from jaxgen.data.throughput import Throughput
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train.checkpoint import Checkpoints, load_params
 from jaxgen.train.evaluation import evaluate
+from jaxgen.train.gradients import REDUCE_DTYPES, check_mesh, check_reducible, has_state
 from jaxgen.train.interrupt import Interrupted, signals
 from jaxgen.train.log import MetricsLog, Progress
 from jaxgen.train.mesh import batch_share, make_mesh, shard_batch, shardings
@@ -43,7 +45,7 @@ _COMPILE_S = 30.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How to run a training; nothing here changes what is learnt but `seed`.
+    """How to run a training; nothing here changes what is learnt but `seed`, and by rounding and other noise `reduce_dtype`.
 
     Attributes:
       seed: decides initial parameters and all random choices of the training.
@@ -53,6 +55,9 @@ class RunConfig:
         saved after an evaluation that is the best so far.
       log_every: updates between rows in `metrics.jsonl`.
       log_every_s: seconds between progress lines.
+      reduce_dtype: on a mesh of `data` alone, "float32" or "bfloat16" sums the devices' gradients once an update, in this type;
+        None leaves to the compiler when and in what type it does (see `jaxgen.train.gradients`). Stages with a state that
+        changes in training, which has to see whole batches, say that they do not follow.
       stuck_s: seconds after which an update or an evaluation that is not yet done is reported, again and again.
       profile: updates to record with JAX's profiler, from the tenth after the start on, into `profile/` of the work directory;
         0 records none. TensorBoard and Perfetto open the trace.
@@ -65,6 +70,7 @@ class RunConfig:
     eval_every: int = 0
     log_every: int = 10
     log_every_s: float = 5.0
+    reduce_dtype: str | None = None
     stuck_s: float = 300.0
     profile: int = 0
     tensorboard: bool = False
@@ -78,6 +84,8 @@ class RunConfig:
             raise ValueError(f"log_every_s={self.log_every_s}: expected seconds")
         if not self.stuck_s > 0:
             raise ValueError(f"stuck_s={self.stuck_s}: expected seconds above 0")
+        if self.reduce_dtype not in (None, *REDUCE_DTYPES):
+            raise ValueError(f"reduce_dtype={self.reduce_dtype!r}: expected one of {', '.join(REDUCE_DTYPES)}, or none")
 
 
 class NonFiniteError(FloatingPointError):
@@ -103,7 +111,7 @@ class StageResult:
 
 def train(
     recipe: Recipe,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     *,
     mesh: Mesh | None = None,
     run: RunConfig | None = None,
@@ -118,7 +126,7 @@ def train(
 
     Args:
       recipe: the stages.
-      workdir: the run's directory, made if missing.
+      workdir: the run's directory, made if missing: of this machine, or `gs://bucket/folder` (see `jaxgen.storage.place`).
       mesh: the devices; all of them on `data` by default.
       run: how to run.
       log: takes each progress line.
@@ -128,15 +136,17 @@ def train(
 
     Raises:
       ValueError: `workdir` holds a run of another configuration or seed, a checkpoint cannot be read or written, or a batch
-        does not fit the mesh.
+        or `run.reduce_dtype` does not fit the mesh.
       NonFiniteError: a loss or gradient that is not finite; checkpoints keep the last good parameters.
       Interrupted: SIGTERM or Ctrl-C, after the current update was finished and saved. A second one kills at once.
     """
-    workdir, run = Path(workdir), run or RunConfig()
+    workdir, run = storage.place(workdir), run or RunConfig()
     mesh = make_mesh() if mesh is None else mesh
     say = log if jax.process_index() == 0 else lambda line: None
     _check_stages(recipe.stages)
-    started = (workdir / "metrics.jsonl").exists()
+    if run.reduce_dtype is not None:
+        check_mesh(mesh, run.reduce_dtype)
+    started = _started(workdir)
     save_config(workdir, recipe.config, may_differ=_may_differ(recipe), replace=not started)
     done = {}
     with MetricsLog(workdir, tensorboard=run.tensorboard, wandb=run.wandb) as rows, signals() as stop:
@@ -180,6 +190,7 @@ class _Training:
         stage, run = self.stage, self.run_config
         if stage.check is not None:
             stage.check(self.frozen)
+        self.reduce_dtype = self._reduce_dtype()
         train_state = self._start(key, data)
         step = int(train_state.step)
         self.rows.rewind(stage.name, step)
@@ -215,6 +226,7 @@ class _Training:
             if regular or better or stop:
                 self._look(0)
                 now(f"saving {stage.name} after update {step}")
+                self.rows.flush()
                 self.checkpoints.save(step, train_state, data, metrics)
             if regular or metrics:
                 self.meter.reset()
@@ -225,6 +237,16 @@ class _Training:
             self.checkpoints.save(step, train_state, data)
         self.checkpoints.wait()
         return StageResult(train_state.weights, train_state.state, step, metrics or self.last)
+
+    def _reduce_dtype(self) -> str | None:
+        """In what type gradients are summed once an update; None where that is left to the compiler."""
+        dtype = self.run_config.reduce_dtype
+        if dtype is not None and has_state(self.stage, self.frozen):
+            self.say(f"{self.stage.name}: reduce_dtype={dtype} is left out, as the stage's state has to see whole batches")
+            return None
+        if dtype is not None:
+            check_reducible(self.stage, self.mesh, self.frozen, dtype)
+        return dtype
 
     def _start(self, key: PRNGKeyArray, data: Any) -> TrainState:
         """The stage's training state, new or from its last checkpoint; `data` is moved to its place."""
@@ -262,7 +284,8 @@ class _Training:
         self.say(f"{self.stage.name}: compiling the step ({size:,} parameters, mesh {dict(self.mesh.shape)})")
         start = time.monotonic()
         with saying(f"compiling the step of {self.stage.name}", every_s=_COMPILE_S, log=self.say):
-            update = make_step(self.stage, self.mesh, self.frozen).lower(train_state, batch, self.frozen).compile()
+            step = make_step(self.stage, self.mesh, self.frozen, reduce_dtype=self.reduce_dtype)
+            update = step.lower(train_state, batch, self.frozen).compile()
         self.say(f"{self.stage.name}: compiled in {time.monotonic() - start:.1f} s")
         return update
 
@@ -294,7 +317,15 @@ class _Training:
         return metrics
 
 
-def _load(workdir: Path, stage: Stage, mesh: Mesh, step: int) -> StageResult:
+def _started(workdir: storage.Place) -> bool:
+    """Whether something was trained there."""
+    try:
+        return storage.exists(workdir / "metrics.jsonl")
+    except OSError as error:
+        raise ValueError(f"cannot read {workdir}: {error}") from error
+
+
+def _load(workdir: storage.Place, stage: Stage, mesh: Mesh, step: int) -> StageResult:
     params, state = load_params(workdir, stage.name, step, shardings=lambda tree: shardings(mesh, tree, stage.rules))
     return StageResult(params, state, step, {})
 

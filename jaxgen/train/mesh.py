@@ -92,22 +92,29 @@ def shardings(mesh: Mesh, tree: PyTree, rules: Iterable[tuple[str, P]]) -> PyTre
         nothing.
 
     Raises:
-      ValueError: a spec with more entries than the leaf has dimensions, with an unknown axis, or with an axis that does
-        not divide its dimension; the leaf's path and shape are named.
+      ValueError: a pattern that is no regular expression, a spec with more entries than the leaf has dimensions, with an unknown
+        axis, or with an axis that does not divide its dimension; the leaf's path and shape are named.
 
     Example:
       >>> tree = {"dense": {"kernel": jax.ShapeDtypeStruct((4, 8), "float32")}}
       >>> shardings(make_mesh(), tree, [("kernel$", P(None, "fsdp"))])["dense"]["kernel"].spec
       P(None, None)
     """
-    rules = tuple(rules)
+    rules = tuple((_compiled(pattern), spec) for pattern, spec in rules)
 
     def place(path, leaf):
         name = path_name(path)
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
+        spec = next((spec for pattern, spec in rules if pattern.search(name)), P())
         return NamedSharding(mesh, _fit(mesh, name, leaf.shape, spec))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"shard pattern {pattern!r} is no regular expression ({error})") from error
 
 
 def _fit(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P) -> P:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+
+from jaxgen import storage
 
 __all__ = ["CompileCache", "Profile"]
 
@@ -14,15 +18,16 @@ class Profile:
     """Records a trace of some updates with JAX's profiler. Use it as a context manager: leaving it ends a trace that runs.
 
     Args:
-      directory: where the trace is written, made if missing.
+      directory: where the trace is written (see `jaxgen.storage.place`), made if missing.
       start: updates before the first that is recorded.
       count: updates to record; 0 records nothing.
       log: told where the trace is.
     """
 
-    def __init__(self, directory: str | Path, start: int, count: int, log: Callable[[str], None]):
-        self._directory, self._start, self._end, self._log = Path(directory), start, start + count, log
+    def __init__(self, directory: str | os.PathLike, start: int, count: int, log: Callable[[str], None]):
+        self._directory, self._start, self._end, self._log = storage.place(directory), start, start + count, log
         self._updates, self._running = 0, False
+        self._kept: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> Profile:
         return self
@@ -33,7 +38,9 @@ class Profile:
     def before_update(self) -> None:
         """To be called before each update."""
         if self._start == self._updates < self._end:
-            jax.profiler.start_trace(str(self._directory))
+            if storage.in_bucket(self._directory):  # the profiler writes to disks only
+                self._kept = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(str(self._directory) if self._kept is None else self._kept.name)
             self._running = True
         elif self._updates == self._end:
             self._stop()
@@ -43,6 +50,9 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._kept is not None:
+                storage.copy_tree(Path(self._kept.name), self._directory)
+                self._kept.cleanup()
             self._log(f"a trace of {self._updates - self._start} updates is in {self._directory}")
 
 
@@ -56,11 +66,11 @@ class CompileCache:
       misses: programs that were compiled and may have been added.
 
     Args:
-      directory: made if missing; several runs may share it.
+      directory: made if missing; several runs may share it. A bucket's will do as well.
     """
 
-    def __init__(self, directory: str | Path):
-        self.directory, self.hits, self.misses = Path(directory), 0, 0
+    def __init__(self, directory: str | os.PathLike):
+        self.directory, self.hits, self.misses = storage.place(directory), 0, 0
         jax.config.update("jax_compilation_cache_dir", str(self.directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         jax.monitoring.register_event_listener(self._note)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from jaxgen import storage
+from jaxgen.storage import Place
 from jaxgen.train.mesh import path_name
 
 __all__ = [
@@ -39,26 +42,36 @@ __all__ = [
 PyTree = Any
 
 _SHOWN = 5  # parameters named in one error
+_TEMPORARY, _COMMITTED = ".orbax-checkpoint-tmp", "commit_success.txt"  # orbax's names
 
 
-def directory(workdir: str | Path, stage: str) -> Path:
+def directory(workdir: str | os.PathLike, stage: str) -> Place:
     """Where the stage's checkpoints lie."""
-    return Path(workdir).resolve() / "checkpoints" / stage
+    top = storage.place(workdir)
+    return (top if storage.in_bucket(top) else top.resolve()) / "checkpoints" / stage
 
 
-def steps(directory: Path) -> list[int]:
+def steps(directory: Place) -> list[int]:
     """The steps with a complete checkpoint, in order."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
+    return sorted(int(path.name) for path in _folders(directory) if path.name.isdigit() and _complete(path))
 
 
-def incomplete(directory: Path) -> list[Path]:
+def incomplete(directory: Place) -> list[Place]:
     """What saves that never finished have left."""
-    return sorted(directory.glob("*.orbax-checkpoint-tmp*")) if directory.is_dir() else []
+    left = [path for path in _folders(directory) if _TEMPORARY in path.name or path.name.isdigit() and not _complete(path)]
+    return sorted(left)
 
 
-def find(directory: Path, step: int | str | None) -> Path:
+def _folders(directory: Place) -> list[Place]:
+    return [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+
+
+def _complete(path: Place) -> bool:
+    """On a disk a whole checkpoint gets its name by a renaming; a bucket has none, and orbax writes a last file instead."""
+    return not storage.in_bucket(path) or (path / _COMMITTED).exists()
+
+
+def find(directory: Place, step: int | str | None) -> Place:
     """The checkpoint of `step`, of the last step (`None`), or of the lowest evaluation loss (`"best"`)."""
     known = steps(directory)
     if not known:
@@ -82,14 +95,14 @@ def eval_loss(metrics: dict | None) -> float:
     return np.inf if np.isnan(loss) else loss
 
 
-def read_loss(path: Path) -> float:
+def read_loss(path: Place) -> float:
     """`eval_loss` of the checkpoint at `path`."""
     file = path / "metrics" / "metrics"
     with readable(path):
         return eval_loss(json.loads(file.read_text())) if file.exists() else float("inf")
 
 
-def metadata(path: Path) -> dict[str, PyTree]:
+def metadata(path: Place) -> dict[str, PyTree]:
     """The saved tree with each array's shape and dtype; tuples and classes have become lists and dicts.
 
     Raises:
@@ -100,7 +113,7 @@ def metadata(path: Path) -> dict[str, PyTree]:
         return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
 
 
-def restore_tree(path: Path, wanted: PyTree) -> PyTree:
+def restore_tree(path: Place, wanted: PyTree) -> PyTree:
     """The part of the saved tree that `wanted` (`ShapeDtypeStruct`s with shardings) names, after `metadata` found it whole."""
     with readable(path), quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -108,7 +121,7 @@ def restore_tree(path: Path, wanted: PyTree) -> PyTree:
         return checkpointer.restore(path / "state", args=args)
 
 
-def check_fit(path: Path, wanted: dict[str, PyTree]) -> None:
+def check_fit(path: Place, wanted: dict[str, PyTree]) -> None:
     """Compares the shapes and dtypes of the checkpoint with those of `wanted`, a dict of the trees to be restored.
 
     Raises:
@@ -140,7 +153,7 @@ def _table(tree: PyTree) -> dict[str, str]:
     return table
 
 
-def data_state(path: Path) -> Any:
+def data_state(path: Place) -> Any:
     """The state of the data iterator that grain saved in the checkpoint at `path`, which every process wrote.
 
     Raises:
@@ -155,7 +168,7 @@ def data_state(path: Path) -> Any:
         return states[0]
 
 
-def check_files(path: Path) -> None:
+def check_files(path: Place) -> None:
     """Finds files that are missing or cut short before anything is read from them.
 
     orbax reads all arrays at once, and when one fails the others print pages of errors from their threads; this walks
@@ -168,15 +181,15 @@ def check_files(path: Path) -> None:
     with readable(path):
         for file in (state / "_METADATA", *(state / "array_metadatas").glob("*")):
             json.loads(file.read_text())
-        store = ts.KvStore.open({"driver": "file", "path": f"{state}/"}).result()
+        where = f"{state}/" if storage.in_bucket(state) else {"driver": "file", "path": f"{state}/"}
+        store, size = ts.KvStore.open(where).result(), functools.cache(storage.size)
         pending = [("its index", version["root"]["location"]) for version in ts.ocdbt.dump(store).result()["versions"]]
         while pending:
             name, location = pending.pop()
             kind, folder, file, offset, length = location.split(":")
             file = state / unquote(folder) / unquote(file)
-            size = file.stat().st_size if file.exists() else 0
-            if size < int(offset) + int(length):
-                what = f"is cut short at {size} bytes" if file.exists() else "is missing"
+            if (size(file) or 0) < int(offset) + int(length):
+                what = "is missing" if size(file) is None else f"is cut short at {size(file)} bytes"
                 raise ValueError(f"{file.relative_to(path)} {what}; it holds {name}")
             if kind == "btreenode":
                 for entry in ts.ocdbt.dump(store, location).result()["entries"]:
@@ -186,7 +199,7 @@ def check_files(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def readable(path: Path, problem: str = "cannot be read") -> Iterator[None]:
+def readable(path: Place, problem: str = "cannot be read") -> Iterator[None]:
     """Turns whatever orbax, tensorstore or the disk raise into a `ValueError` that names `path`."""
     try:
         yield

@@ -9,11 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxgen.recipe import Stage
+from jaxgen.train.gradients import check_reducible, gradients, local_gradients
 from jaxgen.train.mesh import batch_sharding, path_name, replicated, shardings
 from kernels_pallas import partitioned
 
@@ -111,7 +111,9 @@ def init_state(stage: Stage, key: PRNGKeyArray, mesh: Mesh, frozen: dict) -> Tra
     return jax.jit(lambda key, frozen: _init(stage, key, frozen), out_shardings=placed)(key, frozen)
 
 
-def make_step(stage: Stage, mesh: Mesh, frozen: dict) -> Callable[[TrainState, PyTree, dict], tuple[TrainState, dict]]:
+def make_step(
+    stage: Stage, mesh: Mesh, frozen: dict, *, reduce_dtype: str | None = None
+) -> Callable[[TrainState, PyTree, dict], tuple[TrainState, dict]]:
     """The jitted update `(train_state, batch, frozen) -> (train_state, metrics)`; the state passed in is donated.
 
     The batch is split into `stage.accumulate` micro-batches whose gradients and metrics are averaged, which for a loss that
@@ -122,20 +124,29 @@ def make_step(stage: Stage, mesh: Mesh, frozen: dict) -> Callable[[TrainState, P
       stage: what to train.
       mesh: the devices.
       frozen: parameters of earlier stages by name, or their shapes.
+      reduce_dtype: of the one sum of all devices' gradients in an update, "float32" or "bfloat16"; `None` leaves to the compiler
+        when and in what type it sums (see `jaxgen.train.gradients`).
 
     Returns:
       A function whose metrics are the stage's, `"loss"`, `"grad_norm"` (before the optimizer's clipping) and `"finite"`
       (bool).
 
     Raises:
-      ValueError: when traced, if the batch cannot be split into micro-batches.
+      ValueError: a `reduce_dtype` that the mesh or the stage does not allow; when traced, a batch that cannot be split into
+        micro-batches.
     """
+    if reduce_dtype is not None:
+        check_reducible(stage, mesh, frozen, reduce_dtype)
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh, frozen))
 
     def update(ts: TrainState, batch: PyTree, frozen: dict) -> tuple[TrainState, dict]:
         loss_key, update_key = jax.random.split(jax.random.fold_in(ts.key, ts.step))
-        with partitioned(mesh):
-            grads, state, metrics = _gradients(stage, mesh, ts, batch, loss_key, frozen)
+        inputs = (ts.params, ts.state, batch, loss_key, ts.step, frozen)
+        if reduce_dtype is None or mesh.size == 1:
+            with partitioned(mesh):
+                grads, state, metrics = gradients(stage, mesh, *inputs)
+        else:
+            grads, state, metrics = local_gradients(stage, mesh, reduce_dtype, *inputs)
         metrics["grad_norm"] = optax.global_norm(grads)
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         updates, opt_state = stage.optimizer.update(grads, ts.opt_state, ts.params)
@@ -153,43 +164,3 @@ def make_step(stage: Stage, mesh: Mesh, frozen: dict) -> Callable[[TrainState, P
         in_shardings=(placed, batch_sharding(mesh), None),
         out_shardings=(placed, replicated(mesh)),
     )
-
-
-def _gradients(stage: Stage, mesh: Mesh, ts: TrainState, batch: PyTree, key: PRNGKeyArray, frozen: dict):
-    """Mean gradients and metrics over the micro-batches, and the state after the last."""
-    value_and_grad = jax.value_and_grad(stage.loss, has_aux=True)
-
-    def micro(state, batch, key):
-        (loss, (metrics, state)), grads = value_and_grad(ts.params, state, batch, key, ts.step, frozen)
-        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in {**metrics, "loss": loss}.items()}
-        return grads, state, metrics
-
-    n = stage.accumulate
-    if n == 1:
-        return micro(ts.state, batch, key)
-
-    def body(carry, xs):
-        total, state = carry
-        grads, state, metrics = micro(state, xs[1], jax.random.fold_in(key, xs[0]))
-        return (jax.tree.map(lambda t, g: t + g / n, total, grads), state), metrics
-
-    zeros = jax.tree.map(jnp.zeros_like, ts.params)
-    (grads, state), metrics = jax.lax.scan(body, (zeros, ts.state), (jnp.arange(n), _split(batch, n, mesh)))
-    return grads, state, jax.tree.map(jnp.mean, metrics)
-
-
-def _split(batch: PyTree, n: int, mesh: Mesh) -> PyTree:
-    """`[b, ...]` as `[n, b / n, ...]`; micro-batch i takes every n-th example, so that no example changes its device."""
-    axes = batch_sharding(mesh).spec[0]
-    parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-
-    def split(x):
-        if x.shape[0] % (n * parts):
-            raise ValueError(
-                f"a batch of {x.shape[0]} examples cannot be split into accumulate={n} micro-batches over "
-                f"data*fsdp={parts} devices"
-            )
-        x = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, axes)))
-
-    return jax.tree.map(split, batch)

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from jaxgen import cli
+from jaxgen.data import ArraySource
+from jaxgen.data.tar_shards import write_tar
 
 
 @pytest.fixture
@@ -71,6 +73,9 @@ def test_flags(train, refused, tmp_path):
     assert train(flags=("--mesh", "data=2,fsdp=2")) == "mesh 'data=2,fsdp=2' needs 4 devices, there are 1"
     assert train(flags=("--mesh", "data")) == "mesh 'data': 'data' is not axis=size"
     assert "unknown axis 'model'; known: data, fsdp, tensor" in train(flags=("--mesh", "model=1"))
+    assert "--shard pattern 'haed/kernel' matches no parameter; there are " in train(flags=("--shard", "haed/kernel=tensor"))
+    fight = train(flags=("--shard", "head/head/kernel=tensor", "head/kernel=-,tensor"))
+    assert fight.startswith("--shard patterns 'head/head/kernel' and 'head/kernel' fight over generator/params/head/head")
     assert train(variant="smoky").startswith("variant 'smoky' is not one of smoke, demo, small, d16")
     assert train(config="gone.py") == "--config gone.py: no such file"
     text = tmp_path / "config.txt"
@@ -118,6 +123,22 @@ def test_an_unreadable_image_is_named_or_counted(refused, config_path, tmp_path,
     assert batch["image"].shape == (16, 8, 8, 1) and 100 not in batch["image"]  # the gray of 05.png
     assert any(str(broken) in line for line in caplog.messages)
     assert any("left out 1 unreadable of" in line for line in caplog.messages)
+
+
+def test_a_damaged_shard_is_named_or_counted(train, config_path, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = np.random.default_rng(0).integers(0, 255, (40, 8, 8, 1), np.uint8)
+    source = ArraySource(images=images, labels=np.arange(40) % 10, num_classes=10)
+    paths = write_tar(source, tmp_path / "shards", per_shard=20)
+    with open(paths[1], "r+b") as file:
+        file.truncate(700)
+    line = train(f"data.path={tmp_path}/shards")
+    assert line.startswith("1 of 2 shards are damaged (data.skip_bad leaves them out): ") and paths[1] in line
+    with caplog.at_level(logging.WARNING):
+        edits = [f"data.path={tmp_path}/shards", "data.skip_bad=true", "data.channels=1"]
+        recipe = cli.load_config_file(config_path).get_config("smoke").override(edits)
+        recipe.config.resolve()
+    assert f"left out: {paths[1]}" in caplog.text and "left out 1 damaged of 2 shards" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +240,11 @@ def test_checkpoints_that_do_not_fit_or_are_damaged(weights, sample, tmp_path):
     line = sample(workdir=other)
     assert line.startswith("generator: params/") and " in the checkpoint and " in line and "32" in line
     (other / "config.json").write_text(json.dumps(saved | {"colour": "red"}))
-    assert "unknown fields ['colour']" in sample(workdir=other)
+    assert f"{other}/config.json: config NextScaleConfig: unknown fields ['colour']" in sample(workdir=other)
+    older = {name: value for name, value in saved.items() if name != "data"} | {"jaxgen": "0.0.1"}
+    (other / "config.json").write_text(json.dumps(older))
+    line = sample(workdir=other)
+    assert line.startswith(f"{other}/config.json (saved by jaxgen 0.0.1; this is ") and "lacks the fields data (now {" in line
     (other / "config.json").write_text("{")
     assert f"cannot read {other}/config.json" in sample(workdir=other)
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import re
 import sys
 import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
-from toy_recipe import RULES, example, make_recipe, make_stage, shared_source, source
+from toy_recipe import RULES, example, init, make_recipe, make_stage, predict, shared_source, source
 
 from jaxgen.collectives import collectives
 from jaxgen.plan import CHIPS, Devices, plan_updates
@@ -140,9 +143,27 @@ tiny = Devices("h100-4", dataclasses.replace(chip, memory=100), 4)
 results["plan"]["tiny"] = next(plan_updates(recipe, tiny, "fsdp=4"))
 
 
-def traffic(stage, mesh):
+def lowered(stage, mesh, **options):
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batches[0])
-    return collectives(make_step(stage, mesh, {}).lower(abstract_state(stage, mesh, {}), batch, {}).compile().as_text())
+    return make_step(stage, mesh, {}, **options).lower(abstract_state(stage, mesh, {}), batch, {})
+
+
+def traffic(stage, mesh):
+    return collectives(lowered(stage, mesh).compile().as_text())
+
+
+def reduced(stage, mesh, **options):
+    """Types of the arrays that the partitioned program reduces, where a CPU's own reduces all in float32; and its traffic."""
+    jax.config.update("jax_enable_compilation_cache", False)  # which knows programs, and nothing of how they came about
+    compilation_cache.reset_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        compiled = lowered(stage, mesh, **options).compile(compiler_options=dump)
+        text = "".join(path.read_text() for path in Path(folder).glob("*after_spmd-partitioning*"))
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+    types = sorted(set(re.findall(r"= ([a-z]+\d+)\[\d[\d,]*\]\S* all-reduce\(", text)))
+    return {"types": types, "traffic": collectives(compiled.as_text())}
 
 
 results["traffic"] = {
@@ -151,11 +172,62 @@ results["traffic"] = {
     "fsdp": traffic(stage, meshes["fsdp"]),
 }
 
+# Gradients of a computation in bfloat16, without a state and in two micro-batches: each device adds up its own.
+def computed_in(dtype):
+    def loss(params, state, batch, key, step, frozen):
+        params = jax.tree.map(lambda x: x.astype(dtype), params["params"])
+        error = predict(params, batch["x"].astype(dtype)).astype(jnp.float32) - batch["y"]
+        return jnp.mean(error**2), ({}, state)
+
+    def start(key, frozen):
+        return init(key, frozen)[0], ()
+
+    return make_stage(init=start, loss=loss, rules=rules, optimizer=optax.sgd(0.1), accumulate=2)
+
+
+stateless, bfloat16 = computed_in(jnp.float32), computed_in(jnp.bfloat16)
+results["reduced"] = {
+    str(dtype): reduced(bfloat16, meshes["data"], reduce_dtype=dtype) for dtype in (None, "float32", "bfloat16")
+}
+for name, dtype in (("one", None), ("data", "float32"), ("data", "bfloat16")):
+    ended, losses = run(
+        init_state(stateless, jax.random.key(1), meshes[name], {}),
+        make_step(stateless, meshes[name], {}, reduce_dtype=dtype),
+        meshes[name],
+        batches,
+    )
+    results["reduced"][f"{name}/{dtype}"] = {"params": [x.tolist() for x in jax.tree.leaves(host(ended)[0])], "losses": losses}
+recipe = make_recipe(dataclasses.replace(stage, steps=1), dataclasses.replace(stateless, name="second", steps=1))
+with tempfile.TemporaryDirectory() as workdir:
+    lines = []
+    train(recipe, workdir, mesh=meshes["data"], run=RunConfig(reduce_dtype="float32"), log=lines.append)
+    results["reduced"]["said"] = [line for line in lines if "reduce_dtype" in line]
+
+drawn = []
+
+
+def drawing(params, state, batch, key, step, frozen):
+    jax.debug.callback(lambda bits: drawn.append(int(bits)), jax.random.bits(key))
+    return stateless.loss(params, state, batch, key, step, frozen)
+
+
+noisy = dataclasses.replace(stateless, loss=drawing)
+ended = init_state(noisy, jax.random.key(1), meshes["data"], {})
+run(ended, make_step(noisy, meshes["data"], {}, reduce_dtype="float32"), meshes["data"], batches[:1])
+jax.effects_barrier()
+results["reduced"]["draws"] = [len(drawn), len(set(drawn))]
+
+split = dataclasses.replace(stateless, rules=(("in/bias", P("data")),))
 eighths = make_step(dataclasses.replace(stage, accumulate=8), meshes["four"], {})
 results["errors"] = {
     "product": error(lambda: make_mesh("data=3")),
     "batch": error(lambda: shard_batch(meshes["four"], {"x": np.zeros((6, 2))})),
     "micro": error(lambda: run(ts, eighths, meshes["four"], batches)),
+    "reduce/mesh": error(lambda: make_step(stateless, meshes["four"], {}, reduce_dtype="float32")),
+    "reduce/train": error(lambda: train(recipe, "never", mesh=meshes["fsdp"], run=RunConfig(reduce_dtype="float32"))),
+    "reduce/state": error(lambda: make_step(stage, meshes["data"], {}, reduce_dtype="float32")),
+    "reduce/type": error(lambda: make_step(stateless, meshes["data"], {}, reduce_dtype="int8")),
+    "reduce/rules": error(lambda: make_step(split, meshes["data"], {}, reduce_dtype="float32")),
     "dimension": error(lambda: abstract_state(make_stage(rules=(("out/kernel$", P(None, "fsdp")),)), meshes["fsdp"], {})),
 }
 json.dump(results, sys.stdout)

@@ -1,5 +1,6 @@
 """Meshes of several devices, on one CPU that pretends to be four; everything runs in one process started here."""
 
+import numpy as np
 import pytest
 
 
@@ -63,6 +64,31 @@ def test_collectives_of_an_update(results):
     assert {name: count for name, (count, _) in results["traffic"]["fsdp"].items()} == {"all-gather": 2, "all-reduce": 3}
     gathered = 4 * (4 * 8 + 8 * 2)
     assert results["traffic"]["fsdp"]["all-gather"][1] == gathered
+
+
+def test_gradients_are_summed_once_an_update_in_the_type_asked_for(results):
+    found = results["reduced"]
+    floats = 4 * 8 + 8 + 8 * 2 + 1  # with the loss
+    assert found["None"]["traffic"]["all-reduce"][0] == 2 and found["None"]["types"] == ["bf16"]
+    assert found["float32"]["types"] == ["f32"] and found["bfloat16"]["types"] == ["bf16"]
+    for dtype in ("float32", "bfloat16"):
+        assert {kind: count for kind, (count, _) in found[dtype]["traffic"].items()} == {"all-reduce": 1}
+    assert found["float32"]["traffic"]["all-reduce"][1] == 4 * floats
+    one, exact, rounded = (found[name] for name in ("one/None", "data/float32", "data/bfloat16"))
+
+    def difference(a, b):
+        return max(np.abs(np.subtract(x, y)).max() for x, y in zip(a["params"], b["params"]))
+
+    assert difference(one, exact) < 1e-6 and np.abs(np.subtract(one["losses"], exact["losses"])).max() < 1e-5
+    assert 1e-5 < difference(one, rounded) < 1e-2
+    assert found["said"] == ["first: reduce_dtype=float32 is left out, as the stage's state has to see whole batches"]
+    assert found["draws"] == [4 * 2, 4 * 2]  # each device's own, in each micro-batch
+    errors = results["errors"]
+    assert "splits parameters" in errors["reduce/train"] and not Path("never").exists()
+    assert errors["reduce/mesh"].startswith("reduce_dtype='float32': mesh {'data': 2, 'fsdp': 2, 'tensor': 1} splits parameters")
+    assert errors["reduce/state"] == "reduce_dtype='float32': stage 'first' has a state that has to see whole batches"
+    assert errors["reduce/type"] == "reduce_dtype='int8': expected one of float32, bfloat16"
+    assert errors["reduce/rules"] == "reduce_dtype='float32': stage 'first' splits parameters over data"
 
 
 def test_plans(results):

@@ -415,3 +415,9 @@ def test_what_is_stuck_is_reported(tmp_path, mesh):
 def test_run_config_names_what_is_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
         RunConfig(**{field: value})
+
+
+def test_the_type_of_a_reduction_is_one_of_two():
+    assert RunConfig(reduce_dtype="bfloat16").reduce_dtype == "bfloat16"
+    with pytest.raises(ValueError, match="reduce_dtype='int8': expected one of float32, bfloat16, or none"):
+        RunConfig(reduce_dtype="int8")
