@@ -1,4 +1,4 @@
-"""What generators have in common: the seam of those that sample tokens in turn, and those on AdaLN and on Llama blocks."""
+"""What generators have in common: the seam of those that sample tokens in turn, and what those on the same blocks share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from jaxgen.decoding.cache import KVCache
 from jaxgen.nn.adaln import AdaLNHead
 from jaxgen.nn.llama import LlamaTransformer
 from jaxgen.nn.transformer import AdaLNTransformer
+from jaxgen.nn.two_stacks import TwoStacks
 
-__all__ = ["AdaLNModel", "LlamaModel", "TokenModel"]
+__all__ = ["AdaLNModel", "FlowModel", "LlamaModel", "TokenModel"]
 
 
 class TokenModel(nn.Module):
@@ -118,6 +119,46 @@ class LlamaModel(nn.Module, kw_only=True):
     def empty_cache(self, batch: int, capacity: int, layers: int | None = None) -> KVCache:
         """Room for `capacity` positions in each of the blocks, or in so many."""
         return _cache(self, self.kv_heads or self.heads, batch, capacity, layers)
+
+
+class FlowModel(nn.Module):
+    """A generator of continuous tokens on `TwoStacks`; a subclass has an `order`, and its call is `(labels, tokens, key)`.
+
+    Attributes:
+      channels: c, numbers a token.
+      grid: tokens along a side.
+      num_classes: classes; the label `num_classes` means unconditional.
+      width, depth, heads, mlp_ratio, dropout, gate_init, rest_init, scan_layers, remat, dtype, implementation: see `TwoStacks`.
+    """
+
+    channels: int
+    grid: int
+    num_classes: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    gate_init: float = 1.0
+    rest_init: float = 1.0
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def build_stacks(self) -> TwoStacks:
+        """The blocks."""
+        return TwoStacks(**fields_of(self, TwoStacks), length=self.order.length)
+
+    def init_cache(self, batch: int) -> tuple[KVCache, KVCache]:
+        """Empty caches of both stacks for all tokens of `batch` rows."""
+        return tuple(_cache(self, self.heads, batch, self.order.length, None) for _ in range(2))
+
+    def param_shapes(self):
+        """Shapes of the parameters, without making any."""
+        tokens = jnp.zeros((1, self.grid**2, self.channels))
+        key = jax.random.key(0)
+        return jax.eval_shape(lambda key: self.init(key, jnp.zeros((1,), jnp.int32), tokens, key), key)
 
 
 def _cache(model: Any, heads: int, batch: int, capacity: int, layers: int | None) -> KVCache:
