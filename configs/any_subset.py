@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jaxgen import config as config_lib
 from jaxgen.data.text import TextConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import any_subset
 from jaxgen.recipes.any_subset import AnySubsetConfig, DraftingConfig, SubsetConfig
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.language import LanguageModelConfig, LanguageTrainConfig, tiny
 
 VARIANTS = ("smoke", "small", "paper")
@@ -59,8 +58,6 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=shakespeare.txt`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
+    config, smoke = claim_config(_config, budget, edits)
     sizes = dict(windows=1, repeats=1, hidden=(0.5,)) if smoke else dict(windows=16, repeats=7)
     return [any_subset.compare_drafters(config, **sizes, log=log)]

@@ -22,7 +22,7 @@ from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
 from jaxgen.recipes.aligned import AlignedConfig, unaligned
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig
 from jaxgen.recipes.image_llama import ImageLlamaConfig
 from jaxgen.recipes.next_scale import plain
@@ -67,10 +67,8 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `align.weight=0.5`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(build(budget), edits).resolve()
+    config, smoke = claim_config(build, budget, edits)
     systems = {"S029 ARRA": config, "LlamaGen, without alignment": unaligned(config)}
     title = "Alignment with an encoder of whole images against the same model, data and training budget without it"
-    claim = claims.compare_generators(systems, seeds=seeds, samples=100 if budget == "smoke" else 1000, log=log, title=title)
+    claim = claims.compare_generators(systems, seeds=seeds, samples=100 if smoke else 1000, log=log, title=title)
     return [claim._replace(notes=f"{claim.notes} ARRA's parameters count the two layers that only training has.")]

@@ -23,7 +23,7 @@ from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes.axial import AxialConfig, compare_axial, costs_by_size, dependences
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.next_scale import ModelConfig, ModelTrainConfig, NextScaleConfig, TokenizerConfig
 
 VARIANTS = ("smoke", "demo", "small", "paper", "deep")
@@ -84,9 +84,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(build("smoke" if smoke else "demo"), edits).resolve()
+    config, smoke = claim_config(build, budget, edits, small="demo")
     comparison = compare_axial(config, seeds=seeds, samples=100 if smoke else 1000, log=log)
     return [comparison, dependences(config), costs_by_size(config, (4, 8) if smoke else (8, 16, 32))]

@@ -17,7 +17,7 @@ from jaxgen.data.text import TextConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import counterfactual_claims as claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.counterfactual import CounterfactualConfig, ReplayConfig
 from jaxgen.recipes.language import LanguageConfig, LanguageModelConfig, LanguageTrainConfig
 
@@ -74,10 +74,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=tinyshakespeare.txt`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(_config(budget), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits)
     sizes = dict(texts=4, prompt=8, length=24) if smoke else dict(texts=32, prompt=32, length=128)
     temperatures = (1.0,) if smoke else (0.2, 0.6, 1.0)
     return [claims.compare_noise(config, temperatures=temperatures, seeds=seeds, log=log, **sizes)]

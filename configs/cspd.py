@@ -15,12 +15,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import masked_latent_claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.masked_latent import (
     LatentModelConfig,
     LatentTokenizerConfig,
@@ -121,8 +120,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `speculation.drafts=8`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(get_config(budget).config, edits).resolve()
+    config, _ = claim_config(lambda variant: get_config(variant).config, budget, edits)
     samples = 20 if budget == "smoke" else 500
     return [masked_latent_claims.compare_samplers(config, seeds=seeds, samples=samples, log=log)]

@@ -18,12 +18,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import jpeg_lm, llamagen, var
-from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.diffusion_token_claims import sharpening
 from jaxgen.recipes.diffusion_tokens import DiffusionTokenizerConfig, DiffusionTokenizerTrainConfig, DiffusionTokensConfig
 from jaxgen.recipes.image_llama import ImageLlamaConfig, ImageLlamaModelConfig
@@ -157,10 +156,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(build(budget), edits).resolve()
+    config, smoke = claim_config(build, budget, edits)
     samples = 100 if smoke else 500
     previews = sharpening(config, seeds=seeds, samples=samples, log=log)
     systems = {"S020 D-AR": config, "LlamaGen, codes in space": in_space(config, smoke=smoke)}

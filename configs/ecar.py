@@ -20,7 +20,7 @@ from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.flow_scales import ScaleSolverConfig
 from jaxgen.recipes.masked_latent import LatentConfig, LatentTokenizerConfig, TokenizerTrainConfig
 from jaxgen.recipes.next_scale import ClassifierConfig
@@ -107,9 +107,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `model.starts=1.0,0.5`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(get_config(budget).config, edits).resolve()
+    config, _ = claim_config(lambda variant: get_config(variant).config, budget, edits)
     counts = dict(steps=(2,), dit_steps=(2, 4)) if budget == "smoke" else dict(steps=(2, 4, 8), dit_steps=(4, 8, 16, 32))
     samples = 20 if budget == "smoke" else 500
     return [compare_with_dit(config, baseline(config, budget), **counts, seeds=seeds, samples=samples, log=log)]

@@ -21,7 +21,7 @@ from jaxgen.generators.sequence_sampler import Draft, Plain, SequenceSampler
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe, modules
 from jaxgen.recipes import claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.decoding_claims import compare_samplers, held_out_prompts
 from jaxgen.recipes.falcon import FalconConfig
 from jaxgen.recipes.language import LanguageConfig, LanguageModelConfig, LanguageTrainConfig, tiny
@@ -77,10 +77,7 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
       edits: of the configuration.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(_config(budget), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits)
     base = LanguageConfig(**config_lib.fields_of(config, LanguageConfig))
     _, target = claims.trained(base, 0, log)
     target = {"generator": target["generator"]}

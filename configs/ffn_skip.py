@@ -12,11 +12,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jaxgen import config as config_lib
 from jaxgen.data.text import TextConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import economy
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.economy import SkipFeedForwardConfig
 from jaxgen.recipes.language import LanguageModelConfig, LanguageTrainConfig, tiny
 
@@ -57,9 +56,7 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=tinyshakespeare.txt`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
+    config, smoke = claim_config(_config, budget, edits)
     sizes = dict(prompts=1 if smoke else 8, new_tokens=16 if smoke else 112, limit=4 if smoke else 64, repeats=1 if smoke else 5)
     thresholds = (0.9,) if smoke else (0.99, 0.98, 0.97, 0.95, 0.9)
     return [economy.compare_thresholds(config, thresholds=thresholds, **sizes, log=log)]

@@ -17,7 +17,7 @@ from configs import language
 from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import serving_claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.language import LanguageModelConfig
 from jaxgen.recipes.serving import ServedConfig, ServingConfig
 
@@ -55,9 +55,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `serving.slots=32`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(_config(budget), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits)
     small = dict(requests=48, prompt=(4, 64), new=(8, 64))
-    sizes = dict(requests=12, prompt=(2, 12), new=(2, 12)) if budget == "smoke" else small
+    sizes = dict(requests=12, prompt=(2, 12), new=(2, 12)) if smoke else small
     return [serving_claims.compare_serving(config, seeds=seeds, log=log, **sizes)]

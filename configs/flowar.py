@@ -13,12 +13,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import var
-from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.flow_scales import FlowScaleConfig, FlowScaleModelConfig, ScaleSolverConfig
 from jaxgen.recipes.masked_latent import LatentTokenizerConfig, TokenizerTrainConfig
 from jaxgen.recipes.next_scale import ClassifierConfig
@@ -135,9 +134,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of FlowAR's configuration, such as `sampler.steps=40`; those of `data` and `model_train` hold for VAR, too.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    base = config_lib.override(get_config(budget).config, edits).resolve()
+    base, _ = claim_config(lambda variant: get_config(variant).config, budget, edits)
     small_tokenizer = small_kl(base)
     if budget == "smoke":
         train = dataclasses.replace(small_tokenizer.tokenizer_train, steps=10, optim=base.model_train.optim)

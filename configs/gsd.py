@@ -15,11 +15,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import sjd
-from jaxgen import config as config_lib
 from jaxgen.decoding.relaxed import Grouped
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import speculative_image_claims as claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.speculative_images import DecodeConfig, SpeculativeImageConfig
 
 VARIANTS = sjd.VARIANTS
@@ -51,9 +50,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `decode.d_radius=1`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(_config(budget), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits)
     every = config.tokenizer.vocab
 
     def groups(**fields):
@@ -66,7 +63,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
         "GSD, ranks within 7, any code": groups(d_radius=1e6),
         "fixed groups by code alone": groups(below=every, above=every, p_radius=2.0),
     }
-    smoke = budget == "smoke"
     title = "Grouped acceptance against exact speculative Jacobi decoding, the same model"
     comparison = claims.compare_decoders(config, methods, title=title, seeds=seeds, samples=100 if smoke else 500, log=log)
     rules = {

@@ -19,7 +19,7 @@ from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.masked_latent import LatentModelConfig, LatentTokenizerConfig, TokenizerTrainConfig
 from jaxgen.recipes.next_scale import ClassifierConfig
 from jaxgen.recipes.pivots import PivotConfig, PivotModelConfig, PivotSamplingConfig, PivotTrainConfig, compare_with_mar
@@ -123,9 +123,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `sampling.steps=2`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(get_config(budget).config, edits).resolve()
+    config, _ = claim_config(lambda variant: get_config(variant).config, budget, edits)
     sizes = config_lib.fields_of(config.model, LatentModelConfig)
     # As many parameters, which the pivots' own layers and the dense head have in the one and the head in the other.
     head = dict(head_width=36, head_depth=2) if budget == "smoke" else dict(head_width=120, head_depth=3)

@@ -20,7 +20,7 @@ from jaxgen import config as config_lib
 from jaxgen.decoding.masked_scale import even_passes
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims, markov_scale_claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.markov_scale import MarkovConfig
 from jaxgen.recipes.next_scale import plain
 from jaxgen.recipes.refined_scale import RefinedScaleConfig, RefinerConfig
@@ -75,10 +75,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    ours = config_lib.override(_config("smoke" if smoke else "demo"), edits).resolve()
+    ours, smoke = claim_config(_config, budget, edits, small="demo")
 
     def scheduled(passes):
         return dataclasses.replace(ours, refiner=dataclasses.replace(ours.refiner, passes=passes))

@@ -17,7 +17,7 @@ from jaxgen import config as config_lib
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import watermarked_claims as claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.next_scale import ModelConfig, TokenizerConfig
 from jaxgen.recipes.watermarked import IndexConfig, IndexEncoderConfig, IndexMarkConfig
 
@@ -59,10 +59,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `index_train.swap=0`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(_config(budget), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits)
     # A crop of 4 x 4 cells has no inside.
     if smoke:
         config = config_lib.override(config, ["mark.margin=0"])

@@ -19,13 +19,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes.byte_image_claims import compare_files
 from jaxgen.recipes.byte_images import ByteImageConfig, CodecConfig
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.flexible_scales import FlexibleTokenizerConfig
 from jaxgen.recipes.image_llama import ImageLlamaConfig, ImageLlamaModelConfig
 from jaxgen.recipes.next_scale import ClassifierConfig, ModelTrainConfig
@@ -145,9 +144,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(build(budget), edits).resolve()
+    config, smoke = claim_config(build, budget, edits)
     samples = 100 if smoke else 500
     return [compare_files(config, in_codes(config, smoke=smoke), seeds=seeds, samples=samples, log=log)]

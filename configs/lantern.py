@@ -15,11 +15,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs import sjd
-from jaxgen import config as config_lib
 from jaxgen.decoding.relaxed import Lantern, nearest_codes
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import speculative_image_claims as claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.next_scale import ModelConfig, TokenizerConfig
 from jaxgen.recipes.speculative_images import DecodeConfig, SpeculativeImageConfig
 
@@ -62,9 +61,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `decode.neighbours=8`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(_config(budget), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits)
 
     def draft(**fields):
         return dataclasses.replace(config.decode, **fields)
@@ -78,7 +75,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
         "tree of 2, 2, 1, 1, exact": draft(rule="rejection", branches=(2, 2, 1, 1)),
         "LANTERN, tree, delta 0.1": draft(delta=0.1, branches=(2, 2, 1, 1)),
     }
-    smoke = budget == "smoke"
     title = "Relaxed acceptance over neighbouring codes against exact speculative sampling, the same two models"
     comparison = claims.compare_decoders(config, methods, title=title, seeds=seeds, samples=100 if smoke else 500, log=log)
 

@@ -17,7 +17,7 @@ from configs import sjd
 from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import watermarked_claims as claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.next_scale import ModelConfig, TokenizerConfig
 from jaxgen.recipes.speculative_images import DecodeConfig, SpeculativeImageConfig
 from jaxgen.recipes.watermarked import LexicalConfig, LexicalMarkConfig
@@ -69,10 +69,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `mark.pool=1`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(_config(budget), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits)
     deltas = (0.0, float("inf")) if smoke else (0.0, 2.0, 4.0, float("inf"))
     samples = 20 if smoke else 300
     return [claims.compare_biases(config, deltas=deltas, seeds=seeds, samples=samples, decoys=999, log=log)]

@@ -13,11 +13,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jaxgen import config as config_lib
 from jaxgen.data.text import TextConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import multi_rate
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.language import LanguageModelConfig, LanguageTrainConfig, tiny
 from jaxgen.recipes.multi_rate import FastConfig, MultiRateConfig
 
@@ -60,10 +59,8 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=shakespeare.txt`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config, experts = (config_lib.override(_config(v), edits).resolve() for v in (budget, "smoke" if smoke else "experts"))
+    config, smoke = claim_config(_config, budget, edits)
+    experts, _ = claim_config(_config, budget, edits, small="experts")
     sizes = dict(prompts=1, new_tokens=4, repeats=1) if smoke else dict(prompts=16, new_tokens=128, repeats=5)
     return [
         multi_rate.compare_streams(config, **sizes, log=log),

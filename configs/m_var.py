@@ -16,7 +16,7 @@ from configs import var
 from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.next_scale import NextScaleConfig
 from jaxgen.recipes.next_scale_costs import generator_costs
 from jaxgen.recipes.scale_recurrent import MixerConfig, ScaleRecurrentConfig
@@ -77,10 +77,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    ours = config_lib.override(_config("smoke" if smoke else "demo"), edits).resolve()
+    ours, smoke = claim_config(_config, budget, edits, small="demo")
     fields = config_lib.fields_of(ours, NextScaleConfig)
     depth = ours.model.depth * 3 // 2
     theirs = NextScaleConfig(**fields | dict(model=dataclasses.replace(ours.model, depth=depth)))

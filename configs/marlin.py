@@ -16,7 +16,7 @@ from configs import var
 from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import quantised_claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.quantised import Int4Config, QuantisedConfig
 
 VARIANTS = {"smoke": "smoke", "demo": "demo", "small": "small", "paper": "d30"}
@@ -48,10 +48,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `int4.group_size=32`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(_config("smoke" if smoke else "demo"), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits, small="demo")
     batches = (1, 4) if smoke else (1, 8, 32)
     return [
         quantised_claims.compare_precisions(config, seeds=seeds, samples=100 if smoke else 1000, batches=batches, log=log),

@@ -12,11 +12,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jaxgen import config as config_lib
 from jaxgen.data.text import TextConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import multi_token
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.language import LanguageModelConfig, tiny
 from jaxgen.recipes.multi_token import MaskConfig, MultiTokenConfig
 
@@ -57,8 +56,6 @@ def claim(budget: str = "small", *, seeds: int = 1, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=shakespeare.txt`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
+    config, smoke = claim_config(_config, budget, edits)
     sizes = dict(prompts=1, new_tokens=4, repeats=1) if smoke else dict(prompts=16, new_tokens=128, repeats=5)
     return [multi_token.compare_masks(config, **sizes, log=log)]

@@ -17,7 +17,7 @@ from configs import var
 from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims, markov_scale_claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.markov_scale import MarkovConfig, MarkovScaleConfig
 from jaxgen.recipes.next_scale import plain
 
@@ -68,10 +68,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `markov.window=1`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    ours = config_lib.override(_config("smoke" if smoke else "demo"), edits).resolve()
+    ours, smoke = claim_config(_config, budget, edits, small="demo")
     together = dataclasses.replace(ours, markov=dataclasses.replace(ours.markov, packed=0))
     comparison = claims.compare_generators(
         {"S047 VAR": plain(ours), "S085 MVAR, scales apart": ours, "S085 MVAR, all scales an update": together},

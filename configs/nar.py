@@ -18,7 +18,7 @@ from configs import llamagen
 from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims, neighbour_claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.image_llama import ImageLlamaConfig
 from jaxgen.recipes.neighbours import NeighbourConfig, NeighbourModelConfig, in_raster_order
 
@@ -66,10 +66,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    ours = config_lib.override(build("smoke" if smoke else "demo"), edits).resolve()
+    ours, smoke = claim_config(build, budget, edits, small="demo")
     systems = {"S022 NAR, next neighbour": ours, "LlamaGen, next token": in_raster_order(ours)}
     comparison = claims.compare_generators(systems, seeds=seeds, samples=100 if smoke else 1000, log=log)
     grids = ((4, 4), (2, 4, 4)) if smoke else ((8, 8), (16, 16), (4, 8, 8))

@@ -16,7 +16,7 @@ from configs import var
 from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.frequency_bands import FrequencyConfig, FrequencyTokenizerConfig, tokenizer_columns
 from jaxgen.recipes.next_scale import NextScaleConfig
 
@@ -72,10 +72,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    ours = config_lib.override(_config("smoke" if smoke else "demo"), edits).resolve()
+    ours, smoke = claim_config(_config, budget, edits, small="demo")
     systems = {}
     for patch_nums in (ours.tokenizer.patch_nums, (*ours.tokenizer.patch_nums[:-2], ours.tokenizer.patch_nums[-1])):
         tokenizer = dataclasses.replace(ours.tokenizer, patch_nums=patch_nums)

@@ -23,7 +23,7 @@ from configs import arra, llamagen, semaim
 from jaxgen import config as config_lib
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig
 from jaxgen.recipes.retrieval import RetrievalConfig, RetrievalLlamaConfig
 from jaxgen.recipes.retrieval_claims import swap_databases
@@ -76,11 +76,9 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `retrieval.k=8`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(build(budget), edits).resolve()
+    config, smoke = claim_config(build, budget, edits)
     half = config.num_classes // 2
     low, high = tuple(range(half)), tuple(range(half, config.num_classes))
     databases = {"all classes": (), f"classes 0 to {half - 1}": low, f"classes {half} and up": high}
-    samples = 100 if budget == "smoke" else 1000
+    samples = 100 if smoke else 1000
     return [swap_databases(config, databases, unseen=high[-2:], seeds=seeds, samples=samples, log=log)]

@@ -16,11 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from configs.var import IMAGENET_TRAIN, NO_DECAY
-from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig
 from jaxgen.recipes.semantic_patch_claims import compare_orders
 from jaxgen.recipes.semantic_patches import SemanticModelConfig, SemanticPatchConfig, SemanticTrainConfig
@@ -116,8 +115,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(build(budget), edits).resolve()
-    orders = ("semantic", "raster") if budget == "smoke" else ("semantic", "similarity", "random", "raster")
-    return [compare_orders(config, orders, seeds=seeds, limit=200 if budget == "smoke" else 10_000, log=log)]
+    config, smoke = claim_config(build, budget, edits)
+    orders = ("semantic", "raster") if smoke else ("semantic", "similarity", "random", "raster")
+    return [compare_orders(config, orders, seeds=seeds, limit=200 if smoke else 10_000, log=log)]

@@ -14,12 +14,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from configs.var import IMAGENET_TRAIN, NO_DECAY
-from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import speculative_image_claims as claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.next_scale import ClassifierConfig, ModelConfig, ModelTrainConfig, TokenizerConfig
 from jaxgen.recipes.speculative_images import DecodeConfig, SpeculativeImageConfig
 from jaxgen.recipes.tokenizer import TokenizerTrainConfig
@@ -135,9 +134,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `decode.length=8`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config = config_lib.override(_config(budget), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits)
 
     def window(initial, **fields):
         return dataclasses.replace(config.decode, proposer="jacobi", initial=initial, **fields)
@@ -152,6 +149,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
     methods = {"speculate, no drafts": DecodeConfig(proposer="none")}
     methods |= {f"SJD, {text}": window(initial) for initial, text in names.items()}
     methods |= {"Jacobi fixed point of the same noise": window("uniform", rule="coupled")}
-    samples = 100 if budget == "smoke" else 500
+    samples = 100 if smoke else 500
     title = "Speculative Jacobi decoding against one token a call, the same model"
     return [claims.compare_decoders(config, methods, title=title, seeds=seeds, samples=samples, log=log)]

@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from configs import language
-from jaxgen import config as config_lib
 from jaxgen.data.text import TextConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import drafted_claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.drafted import DraftedConfig, DraftingConfig
 from jaxgen.recipes.language import LanguageConfig, LanguageModelConfig, LanguageTrainConfig
 
@@ -78,8 +77,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=tinyshakespeare.txt`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
+    config, smoke = claim_config(_config, budget, edits)
     settings = dict(prompts=2 if smoke else 16, new_tokens=8 if smoke else 64, repeats=1 if smoke else max(seeds, 1), log=log)
     return drafted_claims.compare_selection(config, paths=(2,) if smoke else (2, 4), **settings)

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from configs import spectr
-from jaxgen import config as config_lib
 from jaxgen.data.text import TextConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import state_space
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.language import LanguageModelConfig, LanguageTrainConfig
 from jaxgen.recipes.state_space import StateSpaceConfig, StateSpaceFields
 
@@ -61,8 +60,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=shakespeare.txt`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
+    config, smoke = claim_config(_config, budget, edits)
     sizes = dict(prompts=1, new_tokens=4, repeats=1) if smoke else dict(prompts=16, new_tokens=128, repeats=3)
     return [state_space.compare_shapes(config, seeds=1 if smoke else seeds, **sizes, log=log)]

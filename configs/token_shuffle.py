@@ -19,7 +19,7 @@ from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.next_scale import ModelConfig, ModelTrainConfig, NextScaleConfig, TokenizerConfig
 from jaxgen.recipes.token_shuffle import TokenShuffleConfig, compare_windows
 
@@ -73,8 +73,5 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(_config("smoke" if smoke else "demo"), edits).resolve()
+    config, smoke = claim_config(_config, budget, edits, small="demo")
     return [compare_windows(config, (2, 4), seeds=seeds, samples=100 if smoke else 1000, log=log)]

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from configs.spectr import LLAMA2_7B, LLAMA_68M, PUBLISHED_TRAIN, VARIANTS, pair, published
-from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import drafted_claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.drafted import ContextConfig, LongContextConfig, SparseConfig
 from jaxgen.recipes.language import LanguageTrainConfig
 
@@ -56,9 +55,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=tinyshakespeare.txt`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    config, smoke = config_lib.override(_config(budget), edits).resolve(), budget == "smoke"
+    config, smoke = claim_config(_config, budget, edits)
     new_tokens = 8 if smoke else 64
     return [
         drafted_claims.compare_levels(config, prompts=2 if smoke else 4, new_tokens=new_tokens, repeats=max(seeds, 1), log=log),

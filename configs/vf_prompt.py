@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from configs import llamagen
 from jaxgen import config as config_lib
 from jaxgen.recipe import Recipe
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.image_llama import ImageLlamaConfig
 from jaxgen.recipes.prompted import PromptedConfig, PromptedModelConfig, compare_prompts
 
@@ -58,8 +58,5 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `data.path=...`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    smoke = budget == "smoke"
-    config = config_lib.override(build("smoke" if smoke else "demo"), edits).resolve()
+    config, smoke = claim_config(build, budget, edits, small="demo")
     return [compare_prompts(config, seeds=seeds, samples=100 if smoke else 1000, log=log)]

@@ -15,12 +15,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
-from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.masked_latent import LatentTokenizerConfig, TokenizerTrainConfig
 from jaxgen.recipes.next_scale import ClassifierConfig
 from jaxgen.recipes.next_x import FlowTrainConfig, NextXConfig, NextXModelConfig, SolverConfig
@@ -107,9 +106,7 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       edits: of the configuration, such as `sampler.steps=40`.
       log: takes progress lines.
     """
-    if budget not in ("smoke", "small"):
-        raise ValueError(f"budget {budget!r} is not one of smoke, small")
-    base = config_lib.override(get_config(budget).config, edits).resolve()
+    base, _ = claim_config(lambda variant: get_config(variant).config, budget, edits)
 
     def of(unit, size=0, context="noisy"):
         return dataclasses.replace(base, model=dataclasses.replace(base.model, unit=unit, unit_size=size, context=context))

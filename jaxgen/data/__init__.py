@@ -4,11 +4,11 @@
 """
 
 from jaxgen.data.folder import FileSource, folder
-from jaxgen.data.loader import DataConfig, batches, info, make_source, read_image
+from jaxgen.data.loader import DataConfig, batches, image_batches, info, make_source, read_image
 from jaxgen.data.shard_set import ShardSource, shard_source
 from jaxgen.data.sources import ArraySource, EncodedSource, Source, digits, npz
 from jaxgen.data.tar_shards import write_tar
-from jaxgen.data.throughput import Throughput, input_rate
+from jaxgen.data.throughput import Throughput
 from jaxgen.data.token_cache import TokenSource, digest, token_batches, write_tokens
 from jaxgen.data.transforms import Preprocess, pixels, to_uint8
 from jaxgen.data.world import World
@@ -30,8 +30,8 @@ __all__ = [
     "digest",
     "digits",
     "folder",
+    "image_batches",
     "info",
-    "input_rate",
     "make_source",
     "npz",
     "pixels",

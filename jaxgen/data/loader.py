@@ -23,7 +23,7 @@ from jaxgen.data.transforms import Preprocess, pixels
 from jaxgen.data.world import World
 from jaxgen.data.world_scene import WorldConfig
 
-__all__ = ["DataConfig", "batches", "info", "make_source", "read_image", "stream"]
+__all__ = ["DataConfig", "batches", "image_batches", "info", "make_source", "read_image", "stream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +195,12 @@ def batches(
     source = source if config.image_size or not len(source) else _OneSize(source)
     part = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
     return stream(source, preprocess, random=preprocess.random, seed=config.seed, workers=config.workers, **part)
+
+
+def image_batches(data: DataConfig, batch_size: int, split: str, shard_index: int, shard_count: int):
+    """Batches of images and labels for a stage: endless ones of the training split, one pass over any other."""
+    shard = dict(shard_index=shard_index, shard_count=shard_count)
+    return batches(make_source(data, split), data, batch_size=batch_size, train=split == "train", **shard)
 
 
 def stream(

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-__all__ = ["Throughput", "input_rate"]
+__all__ = ["Throughput"]
 
 # Below this share of the time, waiting is noise.
 LITTLE = 0.1
@@ -91,25 +91,3 @@ class Throughput:
             f"{found['examples_per_s']:.3g} examples/s  waits: data {found['input_share']:.0%}, "
             f"devices {found['device_share']:.0%}  {words[found['bottleneck']]} the bottleneck"
         )
-
-
-def input_rate(
-    batches: Iterator, *, seconds: float = 5.0, most: int = 1000, clock: Callable[[], float] = time.monotonic
-) -> float:
-    """Batches a second that the data alone can deliver: what training cannot exceed. The first, which starts threads, is free.
-
-    Args:
-      batches: from an iterator of its own, since they are lost.
-      seconds: after which measuring ends.
-      most: batches after which it ends.
-      clock: seconds, for the tests.
-
-    Raises:
-      ValueError: no batches.
-    """
-    if next(batches, None) is None:
-        raise ValueError("there are no batches to measure")
-    start, count = clock(), 0
-    while count < most and clock() - start < seconds and next(batches, None) is not None:
-        count += 1
-    return count / max(clock() - start, 1e-9)

@@ -11,9 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgen import masks
 from jaxgen.generators.image_llama import ImageLlama
-from jaxgen.orders import raster
 
 __all__ = ["AlignedLlama"]
 
@@ -56,10 +54,8 @@ class AlignedLlama(ImageLlama):
         self, cond, tokens: Int[Array, "b l"], *, train: bool = False
     ) -> tuple[Float[Array, "b l v"], Float[Array, "b l c"]]:
         """(Teacher-forced logits, what each position takes the whole image to be like); arguments as of the call."""
-        x = jnp.concatenate([self._condition(cond), self.token_embed(tokens[:, :-1])], axis=1)
-        x = self.drop_tokens(x, deterministic=not train)
-        coords, mask = self._coords[None, : x.shape[1]], masks.block_causal(raster(x.shape[1]))
+        x, coords, mask = self._inputs(cond, tokens, train)
         x, _ = self.transformer(x, coords, None, mask, layers=(0, self.align_after), train=train)
         told = self.align_fc2(nn.gelu(self.align_fc1(x[:, self.told - 1 :]), approximate=False))
         x, _ = self.transformer(x, coords, None, mask, layers=(self.align_after, self.depth), train=train)
-        return self._logits(x[:, self.told - 1 :]), told.astype(jnp.float32)
+        return self.logits(x[:, self.told - 1 :]), told.astype(jnp.float32)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen import masks
-from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.rows import sample_rows
 from jaxgen.decoding.step import Out, View
+from jaxgen.generators.bases import AdaLNModel, TokenModel
 from jaxgen.generators.next_token_sampler import NextTokenSampler
 from jaxgen.generators.sequence_sampler import stepper
-from jaxgen.nn.adaln import AdaLNHead
-from jaxgen.nn.transformer import AdaLNTransformer
 from jaxgen.orders import Order, raster
 
 __all__ = ["AxialSampler", "AxialTransformer"]
 
 
-class AxialTransformer(nn.Module):
+class AxialTransformer(TokenModel, AdaLNModel):
     """Class label and the tokens before -> logits of each token of a grid, in O(l sqrt l) (Ho et al. 2019, arXiv:1912.12180).
 
     The outer decoder (section 3.2) has `outer` pairs of blocks: attention among all of a row, then along a column, causally. Its
@@ -35,14 +31,10 @@ class AxialTransformer(nn.Module):
     ways. The paper has no classes; here they modulate the blocks.
 
     Attributes:
-      vocab: v.
       num_classes: classes; the label `num_classes` means unconditional.
       grid: rows and columns.
-      width, heads, mlp_ratio, l2_norm, drop_path_rate, gate_init, rest_init, remat, dtype: of all blocks, see `AdaLNTransformer`.
-      scan_layers: of the inner decoder.
-      depth: blocks of the inner decoder.
       outer: pairs of blocks of the outer decoder.
-      head_init: factor on the initial classifier.
+      vocab, width, ...: see `AdaLNModel`; `depth` and `scan_layers` are of the inner decoder, all others of both.
 
     Raises:
       ValueError: a grid without cells, or no pair of outer blocks.
@@ -53,22 +45,9 @@ class AxialTransformer(nn.Module):
       >>> logits = model.apply(params, labels, tokens)          # [b, 16, 64]
     """
 
-    vocab: int
     num_classes: int
     grid: tuple[int, int]
-    width: int
-    heads: int
-    depth: int
     outer: int = 1
-    mlp_ratio: float = 4.0
-    l2_norm: bool = True
-    drop_path_rate: float = 0.0
-    gate_init: float = 1e-3
-    rest_init: float = 0.5
-    head_init: float = 0.02
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     def __post_init__(self):
         if len(self.grid) != 2 or min(self.grid) < 1 or self.outer < 1:
@@ -86,18 +65,16 @@ class AxialTransformer(nn.Module):
         return raster(self.length)
 
     def setup(self):
-        (rows, columns), std = self.grid, (1 / (3 * self.width)) ** 0.5
-        init = nn.initializers.normal(std)
+        (rows, columns), init = self.grid, nn.initializers.normal(self.init_std)
         self.token_embed = nn.Embed(self.vocab, self.width, embedding_init=init)
         self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
         self.row_position = self.param("row_position", init, (rows, self.width))
         self.column_position = self.param("column_position", init, (columns, self.width))
-        fields = fields_of(self, AdaLNTransformer) | dict(init_std=std)
-        single = fields | dict(depth=1, scan_layers=False)
-        self.rows = [AdaLNTransformer(**single) for _ in range(self.outer)]
-        self.columns = [AdaLNTransformer(**single, mask=masks.block_causal(raster(rows))) for _ in range(self.outer)]
-        self.inner = AdaLNTransformer(**fields, mask=masks.block_causal(raster(columns)))
-        self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
+        single = dict(depth=1, scan_layers=False)
+        self.rows = [self.build_transformer(**single) for _ in range(self.outer)]
+        self.columns = [self.build_transformer(**single, mask=masks.block_causal(raster(rows))) for _ in range(self.outer)]
+        self.inner = self.build_transformer(mask=masks.block_causal(raster(columns)))
+        self.head = self.build_head()
 
     def __call__(
         self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False
@@ -112,10 +89,6 @@ class AxialTransformer(nn.Module):
         x, cond = (left + above + place).reshape(-1, columns, self.width), jnp.repeat(cond, rows, axis=0)
         x, _ = self.inner(x, cond, train=train)
         return self.head(x, cond).reshape(-1, self.length, self.vocab)
-
-    def unconditional(self, batch: int) -> Int[Array, "b"]:
-        """The labels that say nothing."""
-        return jnp.full((batch,), self.num_classes, jnp.int32)
 
     def enter(self, caches: tuple[KVCache, ...], above: Int[Array, "b n"], row, labels: Int[Array, "b"]):
         """(What the inner decoder is told of the rows before `row` [b, n, d], caches with them): all columns at once.
@@ -148,16 +121,11 @@ class AxialTransformer(nn.Module):
 
     def init_cache(self, batch: int) -> KVCache:
         """An empty cache of the inner decoder, for one row."""
-        return self._cache(self.depth, batch, self.grid[1])
+        return self.empty_cache(batch, self.grid[1])
 
     def init_caches(self, batch: int) -> tuple[KVCache, ...]:
         """Empty caches of the outer decoder's columns, one for each pair of blocks."""
-        return tuple(self._cache(1, batch * self.grid[1], self.grid[0]) for _ in range(self.outer))
-
-    def param_shapes(self):
-        """Shapes of the parameters, without making any."""
-        labels, tokens = jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.length), jnp.int32)
-        return jax.eval_shape(lambda key: self.init(key, labels, tokens), jax.random.key(0))
+        return tuple(self.empty_cache(batch * self.grid[1], self.grid[0], layers=1) for _ in range(self.outer))
 
     def _outer(self, x: Float[Array, "b r n d"], cond, caches=None, *, train: bool = False):
         """(The outer decoder's results, caches): a row sees itself and those above, with caches also the ones in there."""
@@ -170,10 +138,6 @@ class AxialTransformer(nn.Module):
             kept.append(cache)
             x = x.reshape(b, n, r, d).swapaxes(1, 2)
         return x, tuple(kept)
-
-    def _cache(self, layers: int, batch: int, capacity: int) -> KVCache:
-        sizes = dict(layers=layers, batch=batch, capacity=capacity, heads=self.heads, head_size=self.width // self.heads)
-        return KVCache.zeros(**sizes, dtype=self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

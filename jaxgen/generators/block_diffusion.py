@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen import masks
-from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
-from jaxgen.nn.llama import LlamaTransformer
+from jaxgen.generators.bases import LlamaModel
 from jaxgen.orders import Order, blocks
 
 __all__ = ["BlockDiffusionTransformer"]
 
 
-class BlockDiffusionTransformer(nn.Module):
+class BlockDiffusionTransformer(LlamaModel):
     """Noisy tokens of each block and clean ones of those before it -> logits of every position (BD3-LM, Arriola et al. 2025).
 
     Attributes:
-      vocab: v; the id v is the mask.
       block: positions of a block; as long as the sequence, it is a masked diffusion model, 1 is an autoregressive one.
-      width, heads, depth, kv_heads, hidden, theta, init_std, scan_layers, remat, dtype, implementation: see
-        `LlamaTransformer`.
+      implementation: see `LlamaTransformer`.
+      vocab, width, ...: see `LlamaModel`; the id v is the mask.
 
     Example:
       >>> model = BlockDiffusionTransformer(vocab=256, block=4, width=64, heads=2, depth=2)
@@ -33,18 +29,7 @@ class BlockDiffusionTransformer(nn.Module):
       >>> logits = model.apply(params, noisy, tokens)                               # [b, l, 256]
     """
 
-    vocab: int
     block: int
-    width: int
-    heads: int
-    depth: int
-    kv_heads: int = 0
-    hidden: int = 0
-    theta: float = 10000.0
-    init_std: float = 0.02
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
     implementation: str | None = None
 
     @property
@@ -59,9 +44,7 @@ class BlockDiffusionTransformer(nn.Module):
     def setup(self):
         init = nn.initializers.normal(self.init_std)
         self.embed = nn.Embed(self.vocab + 1, self.width, embedding_init=init)
-        self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
-        self.norm = nn.RMSNorm(epsilon=1e-5)
-        self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=init, dtype=self.dtype)
+        self.setup_blocks(init)
 
     def __call__(self, noisy: Int[Array, "b l"], tokens: Int[Array, "b l"]) -> Float[Array, "b l v"]:
         """Float32 logits of the noisy positions, all blocks at once.
@@ -73,23 +56,13 @@ class BlockDiffusionTransformer(nn.Module):
         both = self.embed(jnp.concatenate([noisy, tokens], axis=1))
         pos = jnp.tile(jnp.arange(length), 2)
         x, _ = self.transformer(both, pos, None, masks.block_diffusion(self.order(length)))
-        return self._logits(x[:, :length])
+        return self.logits(x[:, :length])
 
     def step(self, cache: KVCache, view: View, cond=None) -> tuple[Out, KVCache]:
         """The seam of `jaxgen.decoding.refine`: a block in the light of the kept ones, or several under a view's mask."""
         x, cache = self.transformer(self.embed(view.tokens), view.pos, cache, view.mask)
-        return Out(self._logits(x), x), cache
-
-    def _logits(self, x):
-        return self.head(self.norm(x).astype(self.dtype)).astype(jnp.float32)
+        return Out(self.logits(x), x), cache
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions."""
-        return KVCache.zeros(
-            layers=self.depth,
-            batch=batch,
-            capacity=capacity,
-            heads=self.kv_heads or self.heads,
-            head_size=self.width // self.heads,
-            dtype=self.dtype,
-        )
+        return self.empty_cache(batch, capacity)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.config import fields_of
+from jaxgen.generators.bases import LlamaModel, TokenModel
 from jaxgen.generators.image_llama import ImageLlama
 from jaxgen.nn.llama import LlamaTransformer
 from jaxgen.orders import Order
@@ -18,28 +17,17 @@ from jaxgen.orders import Order
 __all__ = ["CoarseToFineLlama"]
 
 
-class FineLlama(nn.Module):
+class FineLlama(LlamaModel):
     """Class and the clusters of all tokens -> logits of every token (section 4.2): blocks in which everything sees everything.
 
     Attributes: see `CoarseToFineLlama`; `depth` is of these blocks.
     """
 
-    vocab: int
     clusters: int
     grid: int
     num_classes: int
-    width: int
-    heads: int
-    depth: int
-    kv_heads: int = 0
-    hidden: int = 0
-    theta: float = 10000.0
-    init_std: float = 0.02
     token_dropout: float = 0.0
     dropout: float = 0.0
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -59,7 +47,7 @@ class FineLlama(nn.Module):
         return head(x).astype(jnp.float32)
 
 
-class CoarseToFineLlama(nn.Module):
+class CoarseToFineLlama(TokenModel, LlamaModel):
     """p(x | c) = prod_i p(k_i | k_<i, c) prod_i p(x_i | k, c), where k_i is the cluster of token i (Guo et al. 2025, section 4).
 
     The first factor is an `ImageLlama` over clusters, the second a model of all tokens at once given all clusters. A token
@@ -71,10 +59,8 @@ class CoarseToFineLlama(nn.Module):
       vocab: v, codes.
       clusters: k, codes of which look alike.
       grid: tokens along a side.
-      num_classes, width, heads, kv_heads, hidden, theta, init_std, token_dropout, dropout, scan_layers, remat, dtype: of both
-        models, see `ImageLlama`.
-      depth: blocks of the first.
-      fine_depth: blocks of the second.
+      fine_depth: blocks of the second model; `depth` is of the first.
+      num_classes, token_dropout, dropout, width, ...: of both, see `ImageLlama`.
 
     Raises:
       ValueError: no clusters or more than codes, or see `ImageLlama`.
@@ -84,23 +70,12 @@ class CoarseToFineLlama(nn.Module):
       >>> params = model.with_labels(model.init(key, labels, tokens), cluster_codes(codebook, 8))
     """
 
-    vocab: int
     clusters: int
     grid: int
     num_classes: int
-    width: int
-    heads: int
-    depth: int
     fine_depth: int = 1
-    kv_heads: int = 0
-    hidden: int = 0
-    theta: float = 10000.0
-    init_std: float = 0.02
     token_dropout: float = 0.0
     dropout: float = 0.0
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     def __post_init__(self):
         if not 1 <= self.clusters <= self.vocab:
@@ -158,14 +133,5 @@ class CoarseToFineLlama(nn.Module):
         """(Logits of all tokens given their clusters, which codes are in those clusters)."""
         return self.fine(labels, coarse), self._inside(coarse)
 
-    def unconditional(self, batch: int) -> Int[Array, "b"]:
-        """The labels that say nothing."""
-        return jnp.full((batch,), self.num_classes, jnp.int32)
-
     def _inside(self, coarse: Int[Array, "b l"]) -> Bool[Array, "b l v"]:
         return self.labels_of() == coarse[..., None]
-
-    def param_shapes(self):
-        """Shapes of the parameters, without making any."""
-        labels, tokens = jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.length), jnp.int32)
-        return jax.eval_shape(lambda key: self.init(key, labels, tokens), jax.random.key(0))

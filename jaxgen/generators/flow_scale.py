@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgen import masks
-from jaxgen.decoding.cache import KVCache
+from jaxgen.config import fields_of
 from jaxgen.decoding.step import Out, View
+from jaxgen.generators.bases import FlowModel
 from jaxgen.heads.flow import FlowHead
-from jaxgen.nn.two_stacks import TwoStacks
 from jaxgen.orders import Order, scales
 from jaxgen.resample import resize
 from jaxgen.units import check_scales, doubling, pyramid, scale_coords
@@ -21,44 +20,26 @@ from jaxgen.units import check_scales, doubling, pyramid, scale_coords
 __all__ = ["FlowScaleTransformer"]
 
 
-class FlowScaleTransformer(nn.Module):
+class FlowScaleTransformer(FlowModel):
     """Class label and coarser scales of a latent -> a feature for every token of a scale; a flow draws the tokens from those.
 
     Scales are the latent itself at several sizes, each twice the last, so that any autoencoder will do. The first scale starts
     from the class; each other reads the one before it, enlarged. Attention is causal across scales.
 
     Attributes:
-      channels: c, numbers a token.
-      grid: tokens along a side of the latent.
-      num_classes: classes; the label `num_classes` means unconditional.
-      width, depth, heads: of either of the two stacks (`TwoStacks`).
       head_width, head_depth, head_heads: of the `FlowHead`.
       scales: sizes along a side, increasing, the last of them `grid`; () doubles up to it.
-      mlp_ratio, dropout, gate_init, rest_init, scan_layers, remat, dtype, implementation: see `AdaLNTransformer`.
+      channels, grid, num_classes, width, ...: see `FlowModel`.
 
     Example:
       >>> model = FlowScaleTransformer(channels=16, grid=16, num_classes=1000, width=768, depth=6, heads=12)
       >>> loss = model.apply(params, labels, tokens, key)       # labels [b], tokens [b, 256, 16]
     """
 
-    channels: int
-    grid: int
-    num_classes: int
-    width: int
-    depth: int
-    heads: int
     head_width: int = 1024
     head_depth: int = 2
     head_heads: int = 0
     scales: tuple[int, ...] = ()
-    mlp_ratio: float = 4.0
-    dropout: float = 0.0
-    gate_init: float = 1.0
-    rest_init: float = 1.0
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
-    implementation: str | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -72,16 +53,13 @@ class FlowScaleTransformer(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(0.02)
-        shared = dict(mlp_ratio=self.mlp_ratio, gate_init=self.gate_init, rest_init=self.rest_init)
-        shared |= dict(scan_layers=self.scan_layers, dtype=self.dtype, implementation=self.implementation)
         self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
         self.token_embed = nn.Dense(self.width, kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype)
         self.start = self.param("start", init, (self.order.sizes[0] - 1, self.width)) if self.order.sizes[0] > 1 else None
-        self.stacks = TwoStacks(
-            self.width, self.depth, self.heads, self.order.length, dropout=self.dropout, remat=self.remat, **shared
-        )
+        self.stacks = self.build_stacks()
         self.head_position = self.param("head_position", init, (self.order.length, self.width))
-        self.head = FlowHead(self.channels, self.head_width, self.head_depth, self.head_heads, **shared)
+        sizes = dict(width=self.head_width, depth=self.head_depth, heads=self.head_heads)
+        self.head = FlowHead(**fields_of(self, FlowHead) | sizes)
 
     def features(self, labels: Int[Array, "b"], latents: Float[Array, "b L c"], *, train: bool = False) -> Float[Array, "b L d"]:
         """What the head is told of every token, given the `latents` of all scales (see `pyramid`)."""
@@ -140,14 +118,3 @@ class FlowScaleTransformer(nn.Module):
         """The flow of one scale's tokens at level t, given their features."""
         coords = jnp.asarray(scale_coords(self.order, self.grid)[slice(*self.order.span(scale))])
         return self.head(z, x, jnp.broadcast_to(t, x.shape[:1]), coords=coords)
-
-    def init_cache(self, batch: int) -> tuple[KVCache, KVCache]:
-        """Empty caches of both stacks for all scales of `batch` rows."""
-        sizes = dict(heads=self.heads, head_size=self.width // self.heads, dtype=self.dtype)
-        return tuple(KVCache.zeros(layers=self.depth, batch=batch, capacity=self.order.length, **sizes) for _ in range(2))
-
-    def param_shapes(self):
-        """Shapes of the parameters, without making any."""
-        tokens = jnp.zeros((1, self.grid**2, self.channels))
-        key = jax.random.key(0)
-        return jax.eval_shape(lambda key: self.init(key, jnp.zeros((1,), jnp.int32), tokens, key), key)

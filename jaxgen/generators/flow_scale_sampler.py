@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from jaxgen.decoding.guidance import scale_ramp
-from jaxgen.decoding.noise import normal
 from jaxgen.decoding.step import View
-from jaxgen.decoding.transforms import check_settings
 from jaxgen.generators.flow_scale import FlowScaleTransformer
-from jaxgen.generators.next_scale_sampler import check_labels
-from jaxgen.generators.next_x_sampler import Drawn, check_fit
+from jaxgen.generators.next_x_sampler import FlowSampler
 from jaxgen.paths_flow import integrate, two_speed_times, uniform_times
-from jaxgen.tokenizers.latents import LatentTokenizer
 
 __all__ = ["FlowScaleSampler"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowScaleSampler:
+class FlowScaleSampler(FlowSampler):
     """Samples latents scale by scale, each by Euler's steps along the head's flow.
+
+    `cfg` is t in (1 + t) conditional - t unconditional velocities, growing from 0 at the first scale to this at the last, and
+    this for an only one.
 
     Attributes:
       generator: features and flow.
@@ -40,13 +37,12 @@ class FlowScaleSampler:
     """
 
     generator: FlowScaleTransformer
-    tokenizer: LatentTokenizer
     steps: int = 24
     guided_below: float = 0.9
     two_speeds: bool = True
 
     def __post_init__(self):
-        check_fit(self.generator, self.tokenizer)
+        super().__post_init__()
         if not 0 <= self.guided_below <= 1:
             raise ValueError(f"guided_below={self.guided_below}: expected a level in [0, 1]")
         len(self.times), len(self.generator.sizes)  # Bad ones fail here, not in the middle of a run.
@@ -56,38 +52,8 @@ class FlowScaleSampler:
         """Levels of the solver."""
         return two_speed_times(self.steps) if self.two_speeds else uniform_times(self.steps)
 
-    def __call__(
-        self, params: dict[str, Any], key: Key[Array, ""], labels: Int[Array, "b"], *, cfg=0.0, temperature=1.0
-    ) -> tuple[Float[Array, "b H W C"], Drawn]:
-        """(images in [-1, 1], their tokens), one image a label.
-
-        Args:
-          params: variables by module: "generator" and, if it has any, "tokenizer".
-          key: image i depends on the key, i and its label, not on the rest of the batch.
-          labels: classes; `num_classes` is unconditional.
-          cfg: t in (1 + t) conditional - t unconditional velocities, growing from 0 at the first scale to this at the last, and
-            this for an only one; the published scales are 1 + cfg.
-          temperature: factor on the noise.
-
-        Raises:
-          ValueError: labels or settings out of range.
-        """
-        labels = check_labels(labels, self.generator.num_classes)
-        check_settings(cfg=cfg, temperature=temperature)
-        return self._sample(params, key, labels, jnp.float32(cfg), jnp.float32(temperature))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _sample(self, params, key, labels, cfg, temperature):
-        rows = jnp.arange(labels.shape[0])
-
-        def draw(pos):
-            return temperature * normal(key, rows, pos, self.generator.channels)
-
-        tokens = self.tokens(params["generator"], labels, draw, cfg)
-        return self.tokenizer.apply(params.get("tokenizer", {}), tokens, method="decode"), Drawn(tokens)
-
     def tokens(self, variables, labels: Int[Array, "b"], draw, cfg) -> Float[Array, "b l c"]:
-        """The tokens of the last scale; `draw` gives noise [b, q, c] for positions [q]."""
+        """See `FlowSampler`."""
         generator, order = self.generator, self.generator.order
         apply = functools.partial(generator.apply, variables)
         cond = jnp.concatenate([labels, jnp.full_like(labels, generator.num_classes)])

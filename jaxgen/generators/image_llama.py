@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,16 +11,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxgen import masks
-from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
-from jaxgen.nn.llama import LlamaTransformer
+from jaxgen.generators.bases import LlamaModel, TokenModel
 from jaxgen.orders import Order, raster
 
 __all__ = ["ImageLlama"]
 
 
-class ImageLlama(nn.Module):
+class ImageLlama(TokenModel, LlamaModel):
     """Condition and the tokens so far -> logits of the next token.
 
     The condition stands in front of the image: a class is one vector, a caption p of them. Positions turn with row and column
@@ -29,15 +27,13 @@ class ImageLlama(nn.Module):
     is read, by its values, with the weight of an average key. On one axis all turn, and the condition comes before the tokens.
 
     Attributes:
-      vocab: v.
       grid: tokens along a side of a square, or along each of one to three axes.
       num_classes: classes, where the label `num_classes` means unconditional; 0 is a model of captions.
       caption_width: c, of the features of a caption's words.
       prefix: p, vectors of the condition.
-      width, heads, depth, kv_heads, hidden, theta, scan_layers, remat, dtype: see `LlamaTransformer`.
-      init_std: of embeddings and kernels; the head starts at 0.
       token_dropout: rate on the condition and the embedded tokens, while training.
       dropout: see `LlamaTransformer`.
+      vocab, width, ...: see `LlamaModel`; `init_std` is of embeddings, too, and the head starts at 0.
 
     Raises:
       ValueError: a grid without cells, or neither classes nor captions, or both.
@@ -48,23 +44,12 @@ class ImageLlama(nn.Module):
       >>> logits = model.apply(params, labels, tokens)          # [b, 16, 64]
     """
 
-    vocab: int
     grid: int | tuple[int, ...]
-    width: int
-    heads: int
-    depth: int
     num_classes: int = 0
     caption_width: int = 0
     prefix: int = 1
-    kv_heads: int = 0
-    hidden: int = 0
-    theta: float = 10000.0
-    init_std: float = 0.02
     token_dropout: float = 0.0
     dropout: float = 0.0
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     def __post_init__(self):
         if bool(self.num_classes) == bool(self.caption_width) or (self.num_classes and self.prefix != 1):
@@ -124,10 +109,7 @@ class ImageLlama(nn.Module):
             self.caption_fc2 = nn.Dense(self.width, use_bias=False, kernel_init=init, dtype=self.dtype)
             scale = nn.initializers.normal(self.caption_width**-0.5)
             self.no_caption = self.param("no_caption", scale, (self.prefix, self.caption_width))
-        self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
-        self.norm = nn.RMSNorm(epsilon=1e-5)
-        outputs = self.together * self.vocab
-        self.head = nn.Dense(outputs, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype)
+        self.setup_blocks(nn.initializers.zeros, self.together * self.vocab)
         self.drop_tokens = nn.Dropout(self.token_dropout)
 
     def __call__(self, cond, tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
@@ -138,16 +120,14 @@ class ImageLlama(nn.Module):
           tokens: in raster order.
           train: drops; needs the rng stream "dropout".
         """
-        x = jnp.concatenate([self._condition(cond), self._read(tokens[:, : -self.together])], axis=1)
-        x = self.drop_tokens(x, deterministic=not train)
-        mask = masks.block_causal(raster(x.shape[1]))
-        x, _ = self._hidden(x, self._coords[None, : x.shape[1]], None, mask, train)
-        return self._logits(x[:, self.told - 1 :])
+        x, coords, mask = self._inputs(cond, tokens, train)
+        x, _ = self._hidden(x, coords, None, mask, train)
+        return self.logits(x[:, self.told - 1 :])
 
     def unconditional(self, batch: int):
         """The condition that says nothing: labels [b], or features [b, p, c]."""
         if self.num_classes:
-            return jnp.full((batch,), self.num_classes, jnp.int32)
+            return super().unconditional(batch)
         return jnp.broadcast_to(self.no_caption, (batch, *self.no_caption.shape))
 
     def begin(self, cache: KVCache, cond) -> KVCache:
@@ -165,24 +145,23 @@ class ImageLlama(nn.Module):
         pos = (pos[None] if pos.ndim == 1 else pos)[:, :: self.together] // self.together
         x = jnp.where(pos[..., None] == 0, self._last(cond), self._read(view.tokens))
         x, cache = self._hidden(x, jnp.asarray(self._coords)[self.told - 1 + pos], cache, view.mask)
-        return Out(self._logits(x), x), cache
+        return Out(self.logits(x), x), cache
 
     def init_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache with room for the condition and `capacity` tokens; None is an image's."""
-        return KVCache.zeros(
-            layers=self.layers,
-            batch=batch,
-            capacity=self.told - 1 + (capacity or self.length),
-            heads=self.kv_heads or self.heads,
-            head_size=self.width // self.heads,
-            dtype=self.dtype,
-        )
+        return self.empty_cache(batch, self.told - 1 + (capacity or self.length), self.layers)
 
     def param_shapes(self):
         """Shapes of the parameters, without making any."""
         cond = jnp.zeros((1,), jnp.int32) if self.num_classes else jnp.zeros((1, self.prefix, self.caption_width))
         tokens = jnp.zeros((1, self.length), jnp.int32)
         return jax.eval_shape(lambda key: self.init(key, cond, tokens), jax.random.key(0))
+
+    def _inputs(self, cond, tokens: Int[Array, "b l"], train: bool):
+        """(Vectors, places, mask) of the condition and the tokens that predict another."""
+        x = jnp.concatenate([self._condition(cond), self._read(tokens[:, : -self.together])], axis=1)
+        x = self.drop_tokens(x, deterministic=not train)
+        return x, self._coords[None, : x.shape[1]], masks.block_causal(raster(x.shape[1]))
 
     def _condition(self, cond) -> Float[Array, "b p d"]:
         if self.num_classes:
@@ -199,6 +178,3 @@ class ImageLlama(nn.Module):
     def _hidden(self, x, coords, cache, mask, train: bool = False):
         """(What the head reads, the cache) after all blocks."""
         return self.transformer(x, coords, cache, mask, train=train)
-
-    def _logits(self, x) -> Float[Array, "b l v"]:
-        return self.head(self.norm(x).astype(self.dtype)).astype(jnp.float32)

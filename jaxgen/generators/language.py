@@ -10,47 +10,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen import masks
-from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
-from jaxgen.nn.llama import LlamaTransformer
+from jaxgen.generators.bases import LlamaModel
 from jaxgen.orders import raster
 
 __all__ = ["LanguageModel"]
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(LlamaModel):
     """Tokens -> logits of the next token at each position.
 
     Attributes:
-      vocab: v.
-      width, heads, depth, kv_heads, hidden, experts, experts_used, theta, init_std, scan_layers, remat, dtype: see
-        `LlamaTransformer`.
+      experts, experts_used: see `LlamaTransformer`.
       tied: one matrix embeds tokens and scores them.
+      vocab, width, ...: see `LlamaModel`.
     """
 
-    vocab: int
-    width: int
-    heads: int
-    depth: int
-    kv_heads: int = 0
-    hidden: int = 0
     experts: int = 0
     experts_used: int = 2
-    theta: float = 10000.0
-    init_std: float = 0.02
     tied: bool = False
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     def setup(self):
         init = nn.initializers.normal(self.init_std)
         self.embed = nn.Embed(self.vocab, self.width, embedding_init=init)
-        self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
-        self.norm = nn.RMSNorm(epsilon=1e-5)
-        if not self.tied:
-            self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=init, dtype=self.dtype)
+        self.setup_blocks(init)  # a head that is tied is not called, and so has no parameters
 
     def __call__(self, tokens: Int[Array, "b l"], *, active: Bool[Array, "l n"] | None = None) -> Float[Array, "b l v"]:
         """Float32 logits; position i sees tokens <= i. `active` as in `LlamaTransformer`."""
@@ -64,10 +48,10 @@ class LanguageModel(nn.Module):
         return self.transformer(self.embed(tokens), pos, None, mask, layers=layers, active=active)[0]
 
     def logits(self, features: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
-        """The last norm and the head."""
-        x = self.norm(features).astype(self.dtype)
-        out = x @ self.embed.embedding.T.astype(self.dtype) if self.tied else self.head(x)
-        return out.astype(jnp.float32)
+        """The last norm and the head, in float32."""
+        if not self.tied:
+            return super().logits(features)
+        return (self.norm(features).astype(self.dtype) @ self.embed.embedding.T.astype(self.dtype)).astype(jnp.float32)
 
     def step(
         self,
@@ -98,11 +82,4 @@ class LanguageModel(nn.Module):
 
     def init_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `capacity` positions."""
-        return KVCache.zeros(
-            layers=self.depth,
-            batch=batch,
-            capacity=capacity,
-            heads=self.kv_heads or self.heads,
-            head_size=self.width // self.heads,
-            dtype=self.dtype,
-        )
+        return self.empty_cache(batch, capacity)

@@ -65,6 +65,10 @@ class NeighbourLlama(ImageLlama):
         """One step a distance."""
         return self.neighbours.order
 
+    def arrange(self, tokens: Int[Array, "b l"]) -> Int[Array, "b l"]:
+        """See `TokenModel`."""
+        return self.neighbours.join(tokens)
+
     def setup(self):
         super().setup()
         fields, axes = fields_of(self, LlamaTransformer) | dict(depth=self.head_depth), len(self.shape) - 1

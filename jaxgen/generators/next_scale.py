@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxgen import masks
-from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
-from jaxgen.nn.adaln import AdaLNHead
-from jaxgen.nn.transformer import AdaLNTransformer
+from jaxgen.generators.bases import AdaLNModel
 from jaxgen.orders import Order, scales
 from kernels_pallas import BlockMask
 
 __all__ = ["NextScaleTransformer"]
 
 
-class NextScaleTransformer(nn.Module):
+class NextScaleTransformer(AdaLNModel):
     """Class label and picture so far -> logits of every token of every scale.
 
     The first scale starts from the class embedding; scale k > 1 reads the quantised features of scales < k, pooled to its
     grid. Attention is bidirectional inside a scale and causal across scales.
 
     Attributes:
-      vocab: v, codes of the tokenizer.
       num_classes: classes; the label `num_classes` means unconditional.
       patch_nums: grid of each scale.
-      width: d.
-      heads: h.
-      depth: blocks.
-      mlp_ratio, l2_norm, shared_adaln, drop_path_rate, scan_layers, remat, dtype, implementation: see `AdaLNTransformer`.
-      gate_init: the published `alng`.
-      rest_init: the published `aln`.
-      head_init: factor on the initial classifier, the published `hd`.
+      shared_adaln, implementation: see `AdaLNTransformer`.
+      vocab, width, ...: see `AdaLNModel`; `gate_init` is the published `alng`, `rest_init` `aln`, and `head_init` `hd`.
 
     Example:
       >>> model = NextScaleTransformer(vocab=64, num_classes=10, patch_nums=(1, 2, 4), width=64, heads=2, depth=2)
@@ -45,22 +35,9 @@ class NextScaleTransformer(nn.Module):
       >>> logits = model.apply(params, labels, features)        # [b, 21, 64]
     """
 
-    vocab: int
     num_classes: int
     patch_nums: tuple[int, ...]
-    width: int
-    heads: int
-    depth: int
-    mlp_ratio: float = 4.0
-    l2_norm: bool = True
     shared_adaln: bool = False
-    drop_path_rate: float = 0.0
-    gate_init: float = 1e-3
-    rest_init: float = 0.5
-    head_init: float = 0.02
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
     implementation: str | None = None
 
     @property
@@ -74,20 +51,13 @@ class NextScaleTransformer(nn.Module):
         return masks.block_causal(self.order)
 
     def setup(self):
-        std = (1 / (3 * self.width)) ** 0.5
-        init = nn.initializers.normal(std)
+        init = nn.initializers.normal(self.init_std)
         self.word_embed = nn.Dense(self.width, kernel_init=init)
         self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=init)
         self.setup_places(init)
-        self.transformer = AdaLNTransformer(
-            **fields_of(self, AdaLNTransformer),
-            # Without normalisation the authors scale by a quarter of d ** -0.5.
-            attention_scale=None if self.l2_norm else 0.25 * (self.width // self.heads) ** -0.5,
-            init_std=std,
-            mask=self.mask,
-            mixer=self.build_mixer(std),
-        )
-        self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
+        options = dict(attention_scale=attention_scale(self), mask=self.mask, mixer=self.build_mixer(self.init_std))
+        self.transformer = self.build_transformer(**options)
+        self.head = self.build_head()
 
     def setup_places(self, init) -> None:
         """Makes what tells positions apart: a vector for each, one for each scale, and what the first scale starts from."""
@@ -135,17 +105,15 @@ class NextScaleTransformer(nn.Module):
 
     def init_cache(self, batch: int) -> KVCache:
         """An empty cache for all scales of `batch` rows."""
-        return KVCache.zeros(
-            layers=self.depth,
-            batch=batch,
-            capacity=self.order.length,
-            heads=self.heads,
-            head_size=self.width // self.heads,
-            dtype=self.dtype,
-        )
+        return self.empty_cache(batch, self.order.length)
 
     def param_shapes(self, code_width: int):
         """Shapes of the parameters, without making any."""
         labels = jnp.zeros((1,), jnp.int32)
         features = jnp.zeros((1, self.order.length - self.order.sizes[0], code_width))
         return jax.eval_shape(lambda key: self.init(key, labels, features), jax.random.key(0))
+
+
+def attention_scale(model: AdaLNModel) -> float | None:
+    """The factor on products of queries and keys: without normalisation the authors take a quarter of d ** -0.5."""
+    return None if model.l2_norm else 0.25 * (model.width // model.heads) ** -0.5

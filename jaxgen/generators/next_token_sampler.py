@@ -11,10 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgen.decoding import Automaton, Settings, check_settings, sample_tokens
-from jaxgen.generators.image_llama import ImageLlama
+from jaxgen.generators.bases import TokenModel
 from jaxgen.generators.next_scale_sampler import check_labels
-from jaxgen.generators.next_token import NextTokenTransformer
-from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.sequence_sampler import stepper
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer
@@ -28,13 +26,13 @@ class NextTokenSampler:
     or [l], one for each position.
 
     Attributes:
-      generator: predicts the tokens: `NextTokenTransformer`, `ImageLlama`, `NeighbourLlama` or `RandomOrderTransformer`.
+      generator: predicts the tokens, such as a `NextTokenTransformer` or an `ImageLlama`.
       tokenizer: of one scale; turns them into pictures. None where tokens are all that is wanted.
       grammar: what may follow what, see `sample_tokens`; hashable.
       stop: a token that ends a row, see `sample_tokens`.
     """
 
-    generator: NextTokenTransformer | ImageLlama | RandomOrderTransformer
+    generator: TokenModel
     tokenizer: MultiScaleTokenizer | FlexibleTokenizer | None
     grammar: Automaton | None = None
     stop: int | None = None
@@ -80,10 +78,6 @@ class NextTokenSampler:
             raise ValueError(f"captions {cond.shape}: expected features [b, {model.prefix}, {model.caption_width}]")
         return cond
 
-    def arrange(self, tokens: Int[Array, "b l"]) -> Int[Array, "b l"]:
-        """Tokens in raster order from tokens in the order in which the generator makes them."""
-        return self.generator.neighbours.join(tokens) if hasattr(self.generator, "neighbours") else tokens
-
     def conditions(self, variables, key, cond):
         """What the generator is told, [2b, ...]: the conditions, then as many that say nothing."""
         null = self.generator.apply(variables, cond.shape[0], method="unconditional")
@@ -91,9 +85,7 @@ class NextTokenSampler:
 
     def tokens(self, variables, key, cond, settings) -> Int[Array, "b l"]:
         """Tokens in the order in which the generator makes them; `cond` as from `conditions`."""
-        cache = self.generator.init_cache(len(cond))
-        if hasattr(self.generator, "begin"):
-            cache = self.generator.apply(variables, cache, cond, method="begin")
+        cache = self.generator.apply(variables, self.generator.init_cache(len(cond)), cond, method="begin")
         return sample_tokens(
             stepper(self.generator),
             params=variables,
@@ -111,7 +103,8 @@ class NextTokenSampler:
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):
         variables = params["generator"]
-        tokens = self.arrange(self.tokens(variables, key, self.conditions(variables, key, cond), settings))
+        tokens = self.tokens(variables, key, self.conditions(variables, key, cond), settings)
+        tokens = self.generator.arrange(tokens)
         if self.tokenizer is None:
             return None, tokens
         # Pixels need no parameters.

@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgen import masks
-from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
+from jaxgen.generators.bases import FlowModel
 from jaxgen.heads.flow import flow_time
 from jaxgen.nn.timestep import TimestepEmbedding
-from jaxgen.nn.two_stacks import TwoStacks
 from jaxgen.orders import Order
 from jaxgen.paths_flow import LinearFlow, logit_normal_times
 from jaxgen.units import Units
@@ -29,44 +28,26 @@ __all__ = ["CONTEXTS", "NextXTransformer"]
 CONTEXTS = ("noisy", "clean")
 
 
-class NextXTransformer(nn.Module):
+class NextXTransformer(FlowModel):
     """Class label and earlier entities -> the velocity of an entity's tokens on their way from noise.
 
     An entity is a step of `Units`. In training all entities of an image are noisy, each at a level of its own, and each sees the
     noisy earlier ones: noisy-context learning (figure 3). In sampling earlier entities are finished and count as level 0.
 
     Attributes:
-      channels: c, numbers a token.
-      grid: tokens along a side.
-      num_classes: classes; the label `num_classes` means unconditional.
-      width, depth, heads: of either of the two stacks (`TwoStacks`).
       unit, unit_size: what an entity is, see `Units`.
       context: "noisy", or "clean" for teacher forcing: in training entities see the earlier ones as they are in the data, which
         run beside the noisy ones as a second half of the sequence.
-      mlp_ratio, dropout, gate_init, rest_init, scan_layers, remat, dtype, implementation: see `AdaLNTransformer`.
+      channels, grid, num_classes, width, ...: see `FlowModel`.
 
     Example:
       >>> model = NextXTransformer(channels=16, grid=16, num_classes=1000, width=768, depth=8, heads=12)
       >>> loss = model.apply(params, labels, tokens, key)       # labels [b], tokens [b, 256, 16]
     """
 
-    channels: int
-    grid: int
-    num_classes: int
-    width: int
-    depth: int
-    heads: int
     unit: str = "cell"
     unit_size: int = 8
     context: str = "noisy"
-    mlp_ratio: float = 4.0
-    dropout: float = 0.0
-    gate_init: float = 1.0
-    rest_init: float = 1.0
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
-    implementation: str | None = None
 
     @property
     def units(self) -> Units:
@@ -83,20 +64,7 @@ class NextXTransformer(nn.Module):
         self.class_embed = nn.Embed(self.num_classes + 1, self.width, embedding_init=nn.initializers.normal(0.02))
         self.time = TimestepEmbedding(self.width)
         self.token_embed = nn.Dense(self.width, kernel_init=xavier, dtype=self.dtype)
-        self.stacks = TwoStacks(
-            self.width,
-            self.depth,
-            self.heads,
-            self.order.length,
-            mlp_ratio=self.mlp_ratio,
-            dropout=self.dropout,
-            gate_init=self.gate_init,
-            rest_init=self.rest_init,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        self.stacks = self.build_stacks()
         self.outputs = nn.Dense(self.channels, kernel_init=xavier)
 
     def _condition(self, labels, t) -> Float[Array, "b *g d"]:
@@ -163,14 +131,3 @@ class NextXTransformer(nn.Module):
         cond = self._condition(labels, jnp.broadcast_to(view.time, labels.shape))
         h, cache = self.stacks(self.token_embed(view.tokens), cond, view.pos, jnp.asarray(self.units.coords), cache)
         return Out(self.outputs(h.astype(jnp.float32)), h), cache
-
-    def init_cache(self, batch: int) -> tuple[KVCache, KVCache]:
-        """Empty caches of both stacks for all entities of `batch` rows."""
-        sizes = dict(heads=self.heads, head_size=self.width // self.heads, dtype=self.dtype)
-        return tuple(KVCache.zeros(layers=self.depth, batch=batch, capacity=self.order.length, **sizes) for _ in range(2))
-
-    def param_shapes(self):
-        """Shapes of the parameters, without making any."""
-        tokens = jnp.zeros((1, self.grid**2, self.channels))
-        key = jax.random.key(0)
-        return jax.eval_shape(lambda key: self.init(key, jnp.zeros((1,), jnp.int32), tokens, key), key)

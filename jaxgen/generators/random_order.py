@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +16,7 @@ from jaxgen import masks
 from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
+from jaxgen.generators.bases import TokenModel
 from jaxgen.nn.adaln import AdaLNHead
 from jaxgen.nn.transformer import AdaLNTransformer
 from jaxgen.orders import Order, raster
@@ -27,7 +27,7 @@ __all__ = ["RandomOrderTransformer"]
 PREFIX = 2
 
 
-class RandomOrderTransformer(nn.Module):
+class RandomOrderTransformer(TokenModel):
     """Class label and the tokens so far, in any order -> logits of the next one.
 
     The sequence is a learned vector, the class and the tokens. A vector says where each token lies (`position`), and another,
@@ -107,10 +107,6 @@ class RandomOrderTransformer(nn.Module):
         x, _ = self.transformer(x, cond, train=train)
         return self.head(x[:, PREFIX - 1 :], cond[:, PREFIX - 1 :])
 
-    def unconditional(self, batch: int) -> Int[Array, "b"]:
-        """The labels that say nothing."""
-        return jnp.full((batch,), self.num_classes, jnp.int32)
-
     def begin(self, cache: KVCache, labels: Int[Array, "b"]) -> KVCache:
         """The cache with the learned vector; `step` reads the class at position 0."""
         n = PREFIX - 1
@@ -137,8 +133,3 @@ class RandomOrderTransformer(nn.Module):
             head_size=self.width // self.heads,
             dtype=self.dtype,
         )
-
-    def param_shapes(self):
-        """Shapes of the parameters, without making any."""
-        labels, tokens = jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.length), jnp.int32)
-        return jax.eval_shape(lambda key: self.init(key, labels, tokens), jax.random.key(0))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,13 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgen import masks
-from jaxgen.config import fields_of
 from jaxgen.decoding import Settings, check_settings, sample_tokens
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
+from jaxgen.generators.bases import LlamaModel
 from jaxgen.generators.sequence_sampler import stepper
 from jaxgen.nn.cross_attention import Context
-from jaxgen.nn.llama import LlamaTransformer
 from jaxgen.orders import Order, raster
 from jaxgen.retrieval import Index, check_index, nearest
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
@@ -39,38 +37,27 @@ def neighbours(index: Index, queries: Float[Array, "b c"], k: int, *, below=jnp.
     return Context(index.features[ids], jnp.isfinite(similarity))
 
 
-class RetrievalLlama(nn.Module):
+class RetrievalLlama(LlamaModel):
     """Features of similar images and the tokens so far -> logits of the next token.
 
     Every block attends to the features, and to one learned vector that stands for nothing: all there is without neighbours.
 
     Attributes:
-      vocab: v.
       grid: tokens along a side.
       feature_width: c, of the features.
-      width, heads, depth, kv_heads, hidden, theta, dropout, init_std, scan_layers, remat, dtype: see `LlamaTransformer`.
       token_dropout: rate on the embedded tokens, while training.
+      dropout: see `LlamaTransformer`.
+      vocab, width, ...: see `LlamaModel`.
 
     Example:
       >>> model = RetrievalLlama(vocab=16384, grid=16, feature_width=512, width=768, heads=12, depth=18)
       >>> logits = model.apply(variables, Context(features, mask), tokens)     # [b, 4, 512], [b, 4], [b, 256]
     """
 
-    vocab: int
     grid: int
     feature_width: int
-    width: int
-    heads: int
-    depth: int
-    kv_heads: int = 0
-    hidden: int = 0
-    theta: float = 10000.0
-    init_std: float = 0.02
     token_dropout: float = 0.0
     dropout: float = 0.0
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
 
     @property
     def length(self) -> int:
@@ -92,9 +79,7 @@ class RetrievalLlama(nn.Module):
         self.token_embed = nn.Embed(self.vocab, self.width, embedding_init=init)
         self.start = self.param("start", init, (self.width,))
         self.nothing = self.param("nothing", nn.initializers.normal(self.feature_width**-0.5), (self.feature_width,))
-        self.transformer = LlamaTransformer(**fields_of(self, LlamaTransformer))
-        self.norm = nn.RMSNorm(epsilon=1e-5)
-        self.head = nn.Dense(self.vocab, use_bias=False, kernel_init=nn.initializers.zeros, dtype=self.dtype)
+        self.setup_blocks(nn.initializers.zeros)
         self.drop_tokens = nn.Dropout(self.token_dropout)
 
     def __call__(self, context: Context, tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
@@ -110,7 +95,7 @@ class RetrievalLlama(nn.Module):
         x = self.drop_tokens(x, deterministic=not train)
         mask = masks.block_causal(self.order)
         x, _ = self.transformer(x, self._coords, None, mask, context=self._context(context), train=train)
-        return self._logits(x)
+        return self.logits(x)
 
     def unconditional(self, batch: int, k: int = 1) -> Context:
         """No neighbours, where there would be k."""
@@ -122,18 +107,11 @@ class RetrievalLlama(nn.Module):
         pos = pos[None] if pos.ndim == 1 else pos
         x = jnp.where(pos[..., None] == 0, self.start, self.token_embed(view.tokens))
         x, cache = self.transformer(x, jnp.asarray(self._coords[0])[pos], cache, view.mask, context=self._context(context))
-        return Out(self._logits(x), x), cache
+        return Out(self.logits(x), x), cache
 
     def init_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache with room for `capacity` tokens; None is an image's."""
-        return KVCache.zeros(
-            layers=self.depth,
-            batch=batch,
-            capacity=capacity or self.length,
-            heads=self.kv_heads or self.heads,
-            head_size=self.width // self.heads,
-            dtype=self.dtype,
-        )
+        return self.empty_cache(batch, capacity or self.length)
 
     def param_shapes(self):
         """Shapes of the parameters, without making any."""
@@ -150,9 +128,6 @@ class RetrievalLlama(nn.Module):
         nothing = jnp.broadcast_to(self.nothing, (b, 1, self.feature_width))
         features = self.feature_width**0.5 * jnp.concatenate([nothing, given.features], axis=1)
         return Context(features, jnp.concatenate([jnp.ones((b, 1), bool), given.mask], axis=1))
-
-    def _logits(self, x) -> Float[Array, "b l v"]:
-        return self.head(self.norm(x).astype(self.dtype)).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

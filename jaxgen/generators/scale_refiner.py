@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxgen.config import fields_of
+from jaxgen.generators.bases import AdaLNModel
 from jaxgen.generators.markov_scale import MarkovScaleTransformer
-from jaxgen.nn.adaln import AdaLNHead
-from jaxgen.nn.transformer import AdaLNTransformer
+from jaxgen.generators.next_scale import attention_scale
 from kernels_pallas import BlockMask
 
 __all__ = ["ScaleRefiner", "masked_logits", "refiner_from"]
 
 
-class ScaleRefiner(nn.Module):
+class ScaleRefiner(AdaLNModel):
     """The last n blocks and the head of a generator once more, and the embedding of masked tokens.
 
     The generator's first blocks are shared and stay as they are; its last n blocks and head predict the next scale, these here
@@ -27,8 +26,7 @@ class ScaleRefiner(nn.Module):
 
     Attributes:
       depth: n.
-      vocab, width, heads, mlp_ratio, l2_norm, drop_path_rate, gate_init, rest_init, head_init, scan_layers, remat, dtype,
-        implementation: as the generator's, see `NextScaleTransformer`.
+      vocab, width, ..., implementation: as the generator's, see `NextScaleTransformer`.
 
     Example:
       >>> refiner = ScaleRefiner(vocab=64, width=64, heads=2, depth=1)
@@ -37,31 +35,13 @@ class ScaleRefiner(nn.Module):
       >>> logits = masked_logits(generator, refiner, params, labels, features, own, masked)
     """
 
-    vocab: int
-    width: int
-    heads: int
-    depth: int
-    mlp_ratio: float = 4.0
-    l2_norm: bool = True
-    drop_path_rate: float = 0.0
-    gate_init: float = 1e-3
-    rest_init: float = 0.5
-    head_init: float = 0.02
-    scan_layers: bool = False
-    remat: bool = False
-    dtype: Any = jnp.float32
     implementation: str | None = None
 
     def setup(self):
-        std = (1 / (3 * self.width)) ** 0.5
-        init = nn.initializers.normal(std)
+        init = nn.initializers.normal(self.init_std)
         self.mask_embed = self.param("mask_embed", init, (self.width,))
-        self.transformer = AdaLNTransformer(
-            **fields_of(self, AdaLNTransformer),
-            attention_scale=None if self.l2_norm else 0.25 * (self.width // self.heads) ** -0.5,
-            init_std=std,
-        )
-        self.head = AdaLNHead(self.vocab, kernel_init=init, rest_init=self.rest_init, head_init=self.head_init)
+        self.transformer = self.build_transformer(attention_scale=attention_scale(self))
+        self.head = self.build_head()
 
     def __call__(
         self, x: Float[Array, "b p d"], cond: Float[Array, "b d"], mask: BlockMask, *, train: bool = False

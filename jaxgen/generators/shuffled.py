@@ -65,6 +65,10 @@ class ShuffledTransformer(NextTokenTransformer):
         """The laws of the windows' tokens."""
         return self.head(self.unshuffle(x), cond)
 
+    def arrange(self, tokens: Int[Array, "b l"]) -> Int[Array, "b l"]:
+        """See `TokenModel`; tokens are made window by window."""
+        return tokens[:, np.argsort(window_order(self.grid, self.window))]
+
     def __call__(
         self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False
     ) -> Float[Array, "b l v"]:
@@ -90,7 +94,3 @@ class ShuffledSampler(NextTokenSampler):
 
     generator: ShuffledTransformer
     merged = True
-
-    def arrange(self, tokens: Int[Array, "b l"]) -> Int[Array, "b l"]:
-        """Raster order from the generator's."""
-        return tokens[:, np.argsort(window_order(self.generator.grid, self.generator.window))]

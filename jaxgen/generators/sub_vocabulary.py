@@ -79,8 +79,9 @@ class SubVocabularyLlama(ImageLlama):
         x = self.token_embed(rows).reshape(*rows.shape[:2], -1)
         return self.join(x) if self.parts > 1 else x
 
-    def _logits(self, x: Float[Array, "b q d"]) -> Float[Array, "b q*n v"]:
-        return super()._logits(x).reshape(len(x), -1, self.vocab)
+    def logits(self, features: Float[Array, "b q d"]) -> Float[Array, "b q*n v"]:
+        """See `LlamaModel`; those of a cell's tokens stand one after another."""
+        return super().logits(features).reshape(len(features), -1, self.vocab)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

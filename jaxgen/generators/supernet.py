@@ -70,8 +70,7 @@ class SupernetTransformer(NextScaleTransformer):
         """An empty cache; with a subnet, of the full network's scales, which the first late one exchanges for its own."""
         if not self.subnet:
             return super().init_cache(batch)
-        sizes = dict(batch=batch, heads=self.heads, head_size=self.width // self.heads, dtype=self.dtype)
-        return KVCache.zeros(layers=self.depth, capacity=self.order.ends[self.bridge - 1], **sizes)
+        return self.empty_cache(batch, self.order.ends[self.bridge - 1])
 
 
 def equidistant(depth: int, count: int) -> tuple[int, ...]:

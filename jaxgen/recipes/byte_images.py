@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxgen import storage
-from jaxgen.data import DataConfig, make_source
+from jaxgen.data import DataConfig, image_batches, make_source
 from jaxgen.decoding import JpegGrammar, Settings
 from jaxgen.generators import ImageLlama, NextTokenSampler
 from jaxgen.objectives.likelihood import cross_entropy, drop_labels
@@ -24,7 +24,7 @@ from jaxgen.recipes.classifier import classifier_stage
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import RULES, ImageLlamaModelConfig
 from jaxgen.recipes.next_scale import ClassifierConfig, ModelTrainConfig
-from jaxgen.recipes.token_cache import check_no_cache, image_batches
+from jaxgen.recipes.token_cache import check_no_cache
 from jaxgen.tokenizers.bytes import END, ByteTokenizer, PixelCodec, from_tokens, to_tokens
 from jaxgen.tokenizers.jpeg import JpegCodec
 from jaxgen.train.loop import RunConfig

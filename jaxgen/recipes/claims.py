@@ -30,6 +30,7 @@ from jaxgen.train import load_params, save_params, train
 __all__ = [
     "Claim",
     "add_times",
+    "claim_config",
     "compare_generators",
     "costs",
     "mean_and_spread",
@@ -54,6 +55,25 @@ class Claim(NamedTuple):
     title: str
     rows: list[dict]
     notes: str = ""
+
+
+def claim_config(
+    build: Callable[[str], Any], budget: str, edits: Sequence[str], *, small: str = "small"
+) -> tuple[Any, bool]:
+    """(The resolved configuration that a claim measures, whether the budget is "smoke").
+
+    Args:
+      build: from a variant to its configuration.
+      budget: "smoke" or "small".
+      edits: of the configuration.
+      small: the variant that the budget "small" takes.
+
+    Raises:
+      ValueError: another budget.
+    """
+    if budget not in ("smoke", "small"):
+        raise ValueError(f"budget {budget!r} is not one of smoke, small")
+    return config_lib.override(build("smoke" if budget == "smoke" else small), edits).resolve(), budget == "smoke"
 
 
 def compare_generators(

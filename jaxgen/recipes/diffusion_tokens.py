@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgen.data import pixels
+from jaxgen.data import image_batches, pixels
 from jaxgen.decoding import Settings
 from jaxgen.generators.diffusion_sampler import DiffusionSampler
 from jaxgen.metrics import psnr
@@ -21,7 +21,6 @@ from jaxgen.quantizers import CodebookState
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.image_llama import ImageLlamaConfig
-from jaxgen.recipes.token_cache import image_batches
 from jaxgen.recipes.tokenizer import reviving
 from jaxgen.tokenizers.diffusion import DiffusionTokenizer
 

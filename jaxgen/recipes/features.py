@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxgen.data import DataConfig, pixels
+from jaxgen.data import DataConfig, image_batches, pixels
 from jaxgen.nn.feature_vit import IMAGENET, FeatureViT
 from jaxgen.objectives.alignment import info_nce
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.recipe import Stage
 from jaxgen.recipes.classifier import random_shift
 from jaxgen.recipes.fields import check_dtype, check_fields
-from jaxgen.recipes.token_cache import image_batches
 from jaxgen.resample import resize
 
 __all__ = ["FeatureConfig", "FeatureTrainConfig", "feature_stage", "image_features"]

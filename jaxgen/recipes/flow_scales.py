@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from jaxgen.generators.flow_scale import FlowScaleTransformer
 from jaxgen.generators.flow_scale_sampler import FlowScaleSampler
-from jaxgen.recipe import Stage
 from jaxgen.recipes.fields import check_dtype, check_fields
-from jaxgen.recipes.masked_latent import LatentConfig, tokens_stage
-from jaxgen.recipes.next_x import FlowTrainConfig
+from jaxgen.recipes.next_x import FlowConfig, FlowTrainConfig
 
 __all__ = ["FlowScaleConfig", "FlowScaleModelConfig", "ScaleSolverConfig"]
 
@@ -54,7 +50,7 @@ class ScaleSolverConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowScaleConfig(LatentConfig):
+class FlowScaleConfig(FlowConfig):
     """Everything that defines a run. `recipe()` builds it."""
 
     model: FlowScaleModelConfig = FlowScaleModelConfig()
@@ -63,20 +59,10 @@ class FlowScaleConfig(LatentConfig):
 
     def build_generator(self) -> FlowScaleTransformer:
         """The generator module."""
-        tokenizer, sizes = self.build_tokenizer(), dataclasses.asdict(self.model)
-        return FlowScaleTransformer(
-            channels=tokenizer.token_channels,
-            grid=tokenizer.grid,
-            num_classes=self.num_classes,
-            **sizes | dict(dtype=jnp.dtype(self.model.dtype)),
-        )
+        return FlowScaleTransformer(**self._generator_fields())
 
     def build_sampler(self) -> FlowScaleSampler:
         """From key and labels to images."""
         return FlowScaleSampler(
             generator=self.build_generator(), tokenizer=self.build_tokenizer(), **dataclasses.asdict(self.sampler)
         )
-
-    def generator_stages(self) -> list[Stage]:
-        """The generator's."""
-        return [tokens_stage(self, "generator", self.build_generator(), self.model_train, lambda key, *batch: (*batch, key))]

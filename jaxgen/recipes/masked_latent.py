@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from jaxgen.data import DataConfig, make_source, pixels
+from jaxgen.data import DataConfig, image_batches, make_source, pixels
 from jaxgen.generators.masked_latent import MaskedLatentTransformer, random_known
 from jaxgen.generators.masked_latent_sampler import MaskedLatentSampler
 from jaxgen.objectives.likelihood import drop_labels
@@ -20,7 +20,7 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.classifier import classifier_stage
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.next_scale import RULES, ClassifierConfig
-from jaxgen.recipes.token_cache import check_codes, check_no_cache, code_batches, codes, image_batches
+from jaxgen.recipes.token_cache import check_codes, check_no_cache, code_batches, codes
 from jaxgen.tokenizers.latents import LatentTokenizer
 from jaxgen.train.loop import RunConfig
 

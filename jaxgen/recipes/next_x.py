@@ -15,7 +15,7 @@ from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.masked_latent import LatentConfig, tokens_stage
 from jaxgen.units import KINDS, Units
 
-__all__ = ["FlowTrainConfig", "NextXConfig", "NextXModelConfig", "SolverConfig"]
+__all__ = ["FlowConfig", "FlowTrainConfig", "NextXConfig", "NextXModelConfig", "SolverConfig"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,20 @@ class SolverConfig:
             raise ValueError(f"sampler.solver={self.solver!r}: expected one of {', '.join(METHODS)}")
 
 
+class FlowConfig(LatentConfig):
+    """What systems on a `FlowModel` have in common; each has the fields `model` and `model_train`."""
+
+    def generator_stages(self) -> list[Stage]:
+        """The generator's."""
+        return [tokens_stage(self, "generator", self.build_generator(), self.model_train, lambda key, *batch: (*batch, key))]
+
+    def _generator_fields(self) -> dict:
+        tokenizer, sizes = self.build_tokenizer(), dataclasses.asdict(self.model) | dict(dtype=jnp.dtype(self.model.dtype))
+        return dict(channels=tokenizer.token_channels, grid=tokenizer.grid, num_classes=self.num_classes, **sizes)
+
+
 @dataclasses.dataclass(frozen=True)
-class NextXConfig(LatentConfig):
+class NextXConfig(FlowConfig):
     """Everything that defines a run. `recipe()` builds it."""
 
     model: NextXModelConfig = NextXModelConfig()
@@ -95,24 +107,15 @@ class NextXConfig(LatentConfig):
         Raises:
           ValueError: entities that do not fill the latent.
         """
-        tokenizer, sizes = self.build_tokenizer(), dataclasses.asdict(self.model)
+        fields = self._generator_fields()
         try:
-            Units(self.model.unit, tokenizer.grid, self.model.unit_size)
+            Units(self.model.unit, fields["grid"], self.model.unit_size)
         except ValueError as error:
             raise ValueError(f"model.unit={self.model.unit!r}, model.unit_size={self.model.unit_size}: {error}") from error
-        return NextXTransformer(
-            channels=tokenizer.token_channels,
-            grid=tokenizer.grid,
-            num_classes=self.num_classes,
-            **sizes | dict(dtype=jnp.dtype(self.model.dtype)),
-        )
+        return NextXTransformer(**fields)
 
     def build_sampler(self) -> NextXSampler:
         """From key and labels to images."""
         return NextXSampler(
             generator=self.build_generator(), tokenizer=self.build_tokenizer(), **dataclasses.asdict(self.sampler)
         )
-
-    def generator_stages(self) -> list[Stage]:
-        """The generator's."""
-        return [tokens_stage(self, "generator", self.build_generator(), self.model_train, lambda key, *batch: (*batch, key))]

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxgen.data import DataConfig, Preprocess, make_source, pixels
+from jaxgen.data import DataConfig, Preprocess, image_batches, make_source, pixels
 from jaxgen.generators.semantic_patches import SemanticPatchModel, SemanticPatchSampler
 from jaxgen.objectives.alignment import cosine_distance
 from jaxgen.optim import OptimConfig, adamw
@@ -20,7 +20,7 @@ from jaxgen.orders_semantic import KINDS, patch_order, similarities
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig, feature_stage, image_features
 from jaxgen.recipes.fields import check_dtype, check_fields
-from jaxgen.recipes.token_cache import check_no_cache, image_batches
+from jaxgen.recipes.token_cache import check_no_cache
 from jaxgen.resample import blur
 from jaxgen.tokenizers.latents import LatentTokenizer
 from jaxgen.train.loop import RunConfig

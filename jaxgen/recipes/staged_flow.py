@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import config as config_lib
@@ -49,13 +48,7 @@ class StagedFlowConfig(FlowScaleConfig):
         Raises:
           ValueError: stages that do not fit the latent, or one another.
         """
-        tokenizer, sizes = self.build_tokenizer(), dataclasses.asdict(self.model)
-        generator = StagedFlowTransformer(
-            channels=tokenizer.token_channels,
-            grid=tokenizer.grid,
-            num_classes=self.num_classes,
-            **sizes | dict(dtype=jnp.dtype(self.model.dtype)),
-        )
+        generator = StagedFlowTransformer(**self._generator_fields())
         generator.path  # noqa: B018  - raises
         return generator
 

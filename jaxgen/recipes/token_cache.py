@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from jaxgen.data import DataConfig, batches, make_source, pixels
+from jaxgen.data import DataConfig, image_batches, make_source, pixels
 from jaxgen.data.token_cache import TokenSource, digest, token_batches, write_tokens
 from jaxgen.recipe import modules
 from jaxgen.train import batch_sharding, make_mesh, replicated, to_host
 
-__all__ = ["cache_tokens", "check_codes", "check_no_cache", "code_batches", "codes", "image_batches"]
+__all__ = ["cache_tokens", "check_codes", "check_no_cache", "code_batches", "codes"]
 
 
 def cache_tokens(
@@ -118,9 +118,3 @@ def check_codes(data: DataConfig, frozen: Mapping[str, Any]) -> None:
         name = digest(to_host(modules(frozen).get("tokenizer", {})))
         for split in ("train", "test"):
             TokenSource(os.path.join(data.tokens, split), tokenizer=name)
-
-
-def image_batches(data: DataConfig, batch_size: int, split: str, shard_index: int, shard_count: int):
-    """Batches of images and labels for a stage: endless ones of the training split, one pass over any other."""
-    shard = dict(shard_index=shard_index, shard_count=shard_count)
-    return batches(make_source(data, split), data, batch_size=batch_size, train=split == "train", **shard)

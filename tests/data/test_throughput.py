@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from jaxgen.data.throughput import Throughput, input_rate
+from jaxgen.data.throughput import Throughput
 
 
 class Clock:
@@ -66,18 +66,3 @@ def test_real_waiting():
     with meter.input():
         time.sleep(0.05)
     assert meter.report()["bottleneck"] == "input"
-
-
-def test_the_rate_of_the_data_alone():
-    clock = Clock()
-
-    def slow(n):
-        for _ in range(n):
-            clock.now += 0.25
-            yield 1
-
-    assert input_rate(slow(1000), seconds=5, clock=clock) == pytest.approx(4)
-    assert input_rate(slow(1000), most=2, clock=clock) == pytest.approx(4)
-    assert input_rate(slow(3), clock=clock) == pytest.approx(4, rel=0.5)
-    with pytest.raises(ValueError, match="no batches"):
-        input_rate(iter(()))

@@ -4,11 +4,28 @@ import numpy as np
 import pytest
 
 from jaxgen.data import digits, pixels
+from jaxgen.recipes.next_scale import param_shapes
 
 
 @pytest.fixture(scope="module", autouse=True)
 def all_compile_quickly(quick_compiles):
     """Nothing here is large, so that compiling takes longer than running: less optimisation makes the tests quicker."""
+
+
+@pytest.fixture(scope="module")
+def params(request, randomize):
+    """By stage, random ones of all modules that the sampler of the test module's `CONFIG` has."""
+    return {
+        name: {name: jax.tree.map(jnp.asarray, randomize(shapes, seed=len(name)))}
+        for name, shapes in param_shapes(request.module.CONFIG.build_sampler()).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Eight digits and their labels."""
+    source = digits("train")
+    return {"image": jnp.asarray(source.images[:8]), "label": jnp.asarray(source.labels[:8])}
 
 
 @pytest.fixture

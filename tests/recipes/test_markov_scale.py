@@ -11,7 +11,7 @@ import pytest
 
 from jaxgen import cli
 from jaxgen import config as config_lib
-from jaxgen.data import digits, pixels
+from jaxgen.data import pixels
 from jaxgen.orders import scales
 from jaxgen.recipes import claims, markov_scale_claims
 from jaxgen.recipes.markov_scale import MarkovConfig, token_weights
@@ -21,20 +21,6 @@ from jaxgen.train import train
 MVAR = cli.load_config_file(str(Path(__file__).parents[2] / "configs" / "mvar.py"))
 CONFIG = MVAR.get_config("smoke").override(["classifier.steps=0", "model_train.class_drop=0.0"]).config
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module")
-def params(randomize):
-    return {
-        name: {name: jax.tree.map(jnp.asarray, randomize(shapes, seed=len(name)))}
-        for name, shapes in param_shapes(CONFIG.build_sampler()).items()
-    }
-
-
-@pytest.fixture(scope="module")
-def batch():
-    source = digits("train")
-    return {"image": jnp.asarray(source.images[:8]), "label": jnp.asarray(source.labels[:8])}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from jaxgen.recipes.next_scale import (
     NextScaleConfig,
     TokenizerConfig,
     config_of,
-    param_shapes,
 )
 
 CONFIG = NextScaleConfig(
@@ -29,20 +28,6 @@ CONFIG = NextScaleConfig(
     model=ModelConfig(depth=2, width=16, heads=2, num_classes=10, scan_layers=True),
     model_train=ModelTrainConfig(steps=4, batch_size=8, class_drop=0.0),
 )
-
-
-@pytest.fixture(scope="module")
-def params(randomize):
-    return {
-        name: {name: jax.tree.map(jnp.asarray, randomize(shapes, seed=len(name)))}
-        for name, shapes in param_shapes(CONFIG.build_sampler()).items()
-    }
-
-
-@pytest.fixture(scope="module")
-def batch():
-    source = digits("train")
-    return {"image": jnp.asarray(source.images[:8]), "label": jnp.asarray(source.labels[:8])}
 
 
 def numpy_cross_entropy(logits, tokens, smoothing=0.0):

@@ -15,22 +15,13 @@ from jaxgen.data import digits, pixels
 from jaxgen.decoding import Settings
 from jaxgen.generators import NextScaleSampler, box_mask
 from jaxgen.recipes import claims, quantised_claims
-from jaxgen.recipes.next_scale import NextScaleConfig, generator_stage, param_shapes
+from jaxgen.recipes.next_scale import NextScaleConfig, generator_stage
 from jaxgen.recipes.quantised import Int4Config, int4_stage, packed_generator
 from jaxgen.train import load_params, save_params, train
 
 MARLIN = cli.load_config_file(str(Path(__file__).parents[2] / "configs" / "marlin.py"))
 CONFIG = MARLIN.get_config("smoke").override(["classifier.steps=0", "model_train.class_drop=0.0"]).config
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module")
-def params(randomize):
-    """By stage, of a random tokenizer and generator."""
-    return {
-        name: {name: jax.tree.map(jnp.asarray, randomize(shapes, seed=len(name)))}
-        for name, shapes in param_shapes(CONFIG.build_sampler()).items()
-    }
 
 
 @pytest.fixture(scope="module")

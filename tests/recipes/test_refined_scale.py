@@ -11,7 +11,7 @@ import pytest
 
 from jaxgen import cli
 from jaxgen import config as config_lib
-from jaxgen.data import digits, pixels
+from jaxgen.data import pixels
 from jaxgen.generators.scale_refiner import masked_logits
 from jaxgen.orders import scales
 from jaxgen.recipes import claims, markov_scale_claims
@@ -22,20 +22,6 @@ from jaxgen.train import train
 HMAR = cli.load_config_file(str(Path(__file__).parents[2] / "configs" / "hmar.py"))
 CONFIG = HMAR.get_config("smoke").override(["classifier.steps=0", "refiner_train.class_drop=0.0"]).config
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module")
-def params(randomize):
-    return {
-        name: {name: jax.tree.map(jnp.asarray, randomize(shapes, seed=len(name)))}
-        for name, shapes in param_shapes(CONFIG.build_sampler()).items()
-    }
-
-
-@pytest.fixture(scope="module")
-def batch():
-    source = digits("train")
-    return {"image": jnp.asarray(source.images[:8]), "label": jnp.asarray(source.labels[:8])}
 
 
 @pytest.mark.numeric

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.data import DataConfig, digits
+from jaxgen.data import DataConfig
 from jaxgen.interop.files import write_safetensors
 from jaxgen.nn.perceptual import load_perceptual, lpips
 from jaxgen.optim import OptimConfig
@@ -35,12 +35,6 @@ ADVERSARIAL = dataclasses.replace(
 def small(**fields):
     sizes = dict(channels=1, ch=8, ch_mult=(1,), res_blocks=1, attention=False, groups=8, vocab=16, width=4, phis=1)
     return MultiScaleTokenizer(**sizes | dict(patch_nums=(1, 8)) | fields)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    source = digits("train")
-    return {"image": jnp.asarray(source.images[:8]), "label": jnp.asarray(source.labels[:8])}
 
 
 @pytest.fixture(scope="module")
