@@ -12,6 +12,7 @@ import importlib
 import json
 import types
 import typing
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -111,8 +112,11 @@ def from_json(tree: dict) -> Any:
     """The configuration that `to_json` wrote.
 
     Raises:
-      ValueError: a type outside jaxgen, fields that the class does not have, that it has and the file lacks, or values of the
-        wrong type (a file that was saved by another version, or edited); each is named.
+      ValueError: a type outside jaxgen, fields that the class does not have, groups of fields or fields without a default that
+        the file lacks, or values of the wrong type (a file that was saved by another version, or edited); each is named.
+
+    Warns:
+      UserWarning: other fields that the file lacks, as it is older than they are, with the defaults that are taken.
     """
     module, _, name = str(tree.get("type", "")).partition(":")
     if not module.startswith("jaxgen."):
@@ -132,9 +136,12 @@ def _build(cls, tree: Any, path: str):
     unknown = set(tree) - set(fields)
     if unknown:
         raise ValueError(f"config {path}: unknown fields {sorted(unknown)} (saved by another version?)")
-    missing = [f"{name} (now {_default(field)})" for name, field in fields.items() if name not in tree]
+    missing = [field for name, field in fields.items() if name not in tree]
+    named = ", ".join(f"{field.name} (now {_default(field)})" for field in missing)
+    if any(dataclasses.is_dataclass(hints[field.name]) or not _has_default(field) for field in missing):
+        raise ValueError(f"config {path}: lacks the fields {named}; add them with what was meant by their absence")
     if missing:
-        raise ValueError(f"config {path}: lacks the fields {', '.join(missing)}; add them with what was meant by their absence")
+        warnings.warn(f"config {path}: lacks the fields {named}; what they are now is taken", stacklevel=2)
     out = {}
     for key, value in tree.items():
         kind = hints[key]
@@ -147,10 +154,15 @@ def _build(cls, tree: Any, path: str):
     return cls(**out)
 
 
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
 def _default(field: dataclasses.Field) -> str:
     """What a field is where nobody sets it, as JSON has it."""
-    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    return "without a default" if made is dataclasses.MISSING else json.dumps(_plain(made))
+    if not _has_default(field):
+        return "without a default"
+    return json.dumps(_plain(field.default if field.default is not dataclasses.MISSING else field.default_factory()))
 
 
 def _fits(value: Any, kind: Any) -> bool:

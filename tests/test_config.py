@@ -96,12 +96,19 @@ def test_json_round_trip():
         ({"type": "jaxgenx.optim:OptimConfig"}, "is not one of jaxgen's"),
         ({"type": "jaxgen.optim:Optim"}, "'jaxgen.optim:Optim' does not exist"),
         ({"type": "jaxgen.optim:OptimConfig", "speed": 3}, r"OptimConfig: unknown fields \['speed'\]"),
-        ({"type": "jaxgen.optim:OptimConfig", "lr": 3.0}, r"OptimConfig: lacks the fields .*clip \(now .*\)"),
+        ({"type": "jaxgen.recipes.next_scale:NextScaleConfig"}, r"NextScaleConfig: lacks the fields .*data \(now .*\)"),
     ],
 )
 def test_json_names_what_is_wrong(tree, message):
     with pytest.raises(ValueError, match=message):
         from_json(tree)
+
+
+def test_a_field_that_an_older_file_lacks_takes_its_default_and_is_named():
+    tree = to_json(OptimConfig(lr=0.5))
+    del tree["clip"]
+    with pytest.warns(UserWarning, match=r"OptimConfig: lacks the fields clip \(now .*\); what they are now is taken"):
+        assert from_json(tree) == OptimConfig(lr=0.5)
 
 
 def test_fields_that_two_classes_share():

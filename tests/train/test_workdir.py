@@ -31,7 +31,6 @@ def test_the_version_is_noted_and_what_fits_is_read(saved):
     "change, problem",
     [
         ({"speed": 3}, "config OptimConfig: unknown fields ['speed']"),
-        ({"lr": ABSENT}, "config OptimConfig: lacks the fields lr (now "),
         ({"lr": "fast"}, "config OptimConfig.lr: 'fast' is not of type float"),
         ({"type": "jaxgen.optim:Optimizer"}, "config type 'jaxgen.optim:Optimizer' does not exist in this version"),
         ({"type": "jaxgen.gone:Config"}, "config type 'jaxgen.gone:Config' does not exist in this version"),
