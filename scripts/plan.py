@@ -88,7 +88,7 @@ def _plan_all(args: argparse.Namespace, devices) -> list[dict]:
     rows = []
     for path in args.config:
         name = Path(path).stem
-        if args.variant not in getattr(cli.load_config_file(path), "VARIANTS", ()):
+        if name == "__init__" or args.variant not in getattr(cli.load_config_file(path), "VARIANTS", ()):
             continue
         try:
             found = list(plan_updates(_recipe(path, args.variant, args.set), devices, args.mesh, only=args.only))
