@@ -105,7 +105,7 @@ def test_sizes_are_checked_in_every_stage_before_any_is_trained():
 
 def test_a_mesh_that_does_not_divide_heads_or_batches():
     recipe = cli.load_config_file(CONFIG).get_config("smoke")
-    mesh = AbstractMesh((1, 1, 4), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((1, 1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     text = r"generator/.*/attention/\w+/kernel: shape \(.*\) has a dimension 2 that tensor=4 does not divide"
     with pytest.raises(ValueError, match=text):
         cli.check_stages(recipe.override(["model.heads=2"]), mesh)
