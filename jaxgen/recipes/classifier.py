@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from jaxgen.data import DataConfig, batches, make_source, pixels
+from jaxgen.data import DataConfig, image_batches, pixels
 from jaxgen.nn.classifier import Classifier
 from jaxgen.objectives.likelihood import cross_entropy
 from jaxgen.recipe import Stage
@@ -81,18 +81,13 @@ def classifier_stage(
         value, accuracy = scores(params, pixels(batch["image"]), batch["label"])
         return {"loss": value, "accuracy": accuracy}
 
-    def data(split, train, shard_index, shard_count):
-        source = make_source(data_config, split)
-        kwargs = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
-        return batches(source, data_config, **kwargs)
-
     return Stage(
         name=name,
         steps=steps,
         init=init,
         loss=loss,
         optimizer=optax.adam(optax.cosine_decay_schedule(lr, steps)),
-        data=functools.partial(data, "train", True),
-        eval_data=functools.partial(data, "test", False),
+        data=functools.partial(image_batches, data_config, batch_size, "train"),
+        eval_data=functools.partial(image_batches, data_config, batch_size, "test"),
         eval_loss=eval_loss,
     )

@@ -23,7 +23,7 @@ from jaxgen.adapters import (
     unstack_layers,
     with_hessians,
 )
-from jaxgen.data import batches, make_source
+from jaxgen.data import image_batches
 from jaxgen.decoding import Known, Settings
 from jaxgen.generators import NextScaleSampler, NextScaleTransformer
 from jaxgen.objectives.likelihood import drop_labels
@@ -206,17 +206,13 @@ def int4_stage(config: QuantisedConfig) -> Stage:
         with int4_layers():
             return base.eval_loss(variables, (), batch, key, frozen)
 
-    def data(shard_index, shard_count):
-        kwargs = dict(batch_size=options.batch_size, train=True, shard_index=shard_index, shard_count=shard_count)
-        return batches(make_source(config.data, "train"), config.data, **kwargs)
-
     return Stage(
         name="int4",
         steps=options.steps,
         init=init,
         loss=loss,
         optimizer=optax.set_to_zero(),
-        data=data,
+        data=functools.partial(image_batches, config.data, options.batch_size, "train"),
         needs=("tokenizer", "generator"),
         after_update=after_update if options.method == "gptq" else None,
         eval_data=base.eval_data,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgen.data import batches, make_source, pixels
+from jaxgen.data import image_batches, pixels
 from jaxgen.decoding import truncate
 from jaxgen.objectives.likelihood import cross_entropy, drop_labels
 from jaxgen.objectives.student_forcing import contrastive_student_forcing, staggered_inputs
@@ -141,10 +142,6 @@ def refine_stage(config: Any) -> Stage:
             value = value + options.weight * metrics["student"]
         return value, (metrics, state)
 
-    def data(shard_index, shard_count):
-        shards = dict(shard_index=shard_index, shard_count=shard_count)
-        return batches(make_source(config.data, "train"), config.data, batch_size=options.batch_size, train=True, **shards)
-
     return dataclasses.replace(
         base,
         name="refine",
@@ -152,7 +149,7 @@ def refine_stage(config: Any) -> Stage:
         init=init,
         loss=loss,
         optimizer=adamw(options.optim, options.steps) if options.steps else optax.identity(),
-        data=data,
+        data=functools.partial(image_batches, config.data, options.batch_size, "train"),
         needs=("tokenizer", "generator"),
         ema=options.ema,
         accumulate=options.accumulate,

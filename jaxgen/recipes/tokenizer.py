@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgen.data import DataConfig, batches, make_source, pixels
+from jaxgen.data import DataConfig, image_batches, pixels
 from jaxgen.metrics import psnr
 from jaxgen.nn.discriminator import PatchDiscriminator
 from jaxgen.nn.perceptual import NO_PERCEPTUAL, load_perceptual, lpips
@@ -151,11 +151,6 @@ def tokenizer_stage(
         value, metrics = reconstruction(state, images, out.images)
         return {"loss": value, **metrics, "psnr": psnr(images, jnp.clip(out.images, -1, 1)).mean()}
 
-    def data(split, train, shard_index, shard_count):
-        source = make_source(data_config, split)
-        kwargs = dict(batch_size=config.batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
-        return batches(source, data_config, **kwargs)
-
     missing = config.steps and config.perceptual_weight and not config.perceptual_path
     return Stage(
         name=name,
@@ -163,9 +158,9 @@ def tokenizer_stage(
         init=init,
         loss=loss,
         optimizer=adamw(config.optim, config.steps) if config.steps else optax.identity(),
-        data=functools.partial(data, "train", True),
+        data=functools.partial(image_batches, data_config, config.batch_size, "train"),
         after_update=reviving(config, tokenizer) if config.revive_every else None,
-        eval_data=functools.partial(data, "test", False),
+        eval_data=functools.partial(image_batches, data_config, config.batch_size, "test"),
         eval_loss=eval_loss,
         ema=config.ema,
         accumulate=config.accumulate,

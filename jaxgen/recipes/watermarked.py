@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxgen.data import batches, make_source, pixels
+from jaxgen.data import image_batches, pixels
 from jaxgen.decoding import check_settings, truncate
 from jaxgen.decoding.watermark import decoy_p_value, detect, green_counts, histogram
 from jaxgen.decoding.watermark_bias import LexicalBias, green_lists
@@ -372,18 +372,14 @@ def index_encoder_stage(config: IndexConfig) -> Stage:
         value, metrics = measure(params, batch["image"], key, frozen)
         return {"loss": value, **metrics}
 
-    def data(split, train_mode, shard_index, shard_count):
-        shards = dict(shard_index=shard_index, shard_count=shard_count)
-        return batches(make_source(config.data, split), config.data, batch_size=train.batch_size, train=train_mode, **shards)
-
     return Stage(
         name="index_encoder",
         steps=train.steps,
         init=init,
         loss=loss,
         optimizer=adamw(train.optim, train.steps) if train.steps else optax.identity(),
-        data=functools.partial(data, "train", True),
+        data=functools.partial(image_batches, config.data, train.batch_size, "train"),
         needs=("tokenizer",),
-        eval_data=functools.partial(data, "test", False),
+        eval_data=functools.partial(image_batches, config.data, train.batch_size, "test"),
         eval_loss=eval_loss,
     )
