@@ -1,5 +1,7 @@
 """Meshes of several devices, on one CPU that pretends to be four; everything runs in one process started here."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -85,7 +87,8 @@ def test_gradients_are_summed_once_an_update_in_the_type_asked_for(results):
     assert found["draws"] == [4 * 2, 4 * 2]  # each device's own, in each micro-batch
     errors = results["errors"]
     assert "splits parameters" in errors["reduce/train"] and not Path("never").exists()
-    assert errors["reduce/mesh"].startswith("reduce_dtype='float32': mesh {'data': 2, 'fsdp': 2, 'tensor': 1} splits parameters")
+    mesh = "{'data': 2, 'fsdp': 2, 'tensor': 1, 'sequence': 1}"
+    assert errors["reduce/mesh"].startswith(f"reduce_dtype='float32': mesh {mesh} splits parameters")
     assert errors["reduce/state"] == "reduce_dtype='float32': stage 'first' has a state that has to see whole batches"
     assert errors["reduce/type"] == "reduce_dtype='int8': expected one of float32, bfloat16"
     assert errors["reduce/rules"] == "reduce_dtype='float32': stage 'first' splits parameters over data"

@@ -25,7 +25,7 @@ def test_rules_as_text(text, rule):
         ("head/kernel", "expected PATTERN=AXES"),
         ("=fsdp", "expected PATTERN=AXES"),
         ("head(=fsdp", "'head(' is no regular expression"),
-        ("head=model", "unknown axis 'model'; known: data, fsdp, tensor, and - for none"),
+        ("head=model", "unknown axis 'model'; known: data, fsdp, tensor, sequence, and - for none"),
         ("head=fsdp,fsdp", "axis 'fsdp' is given twice"),
     ],
 )
