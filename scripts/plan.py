@@ -14,11 +14,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import jax
 
 from jaxgen import cli
-from jaxgen.data import DataConfig
+from jaxgen.data import DataConfig, is_there
 from jaxgen.plan import parse_devices, plan_updates, proposals
 from jaxgen.recipe import Recipe
 from jaxgen.tables import markdown_table, text_table
@@ -56,7 +57,7 @@ def main():
     if args.config[1:]:
         print(table(_plan_all(args, devices)))
         return
-    recipe = _recipe(args.config[0], args.variant, args.set)
+    recipe = _recipe(cli.load_config_file(args.config[0]), args)
     if not args.propose:
         rows = list(plan_updates(recipe, devices, args.mesh, only=args.only))
         if not rows:
@@ -72,15 +73,14 @@ def main():
         raise ValueError(f"--device {args.device}: nothing that was tried fits; more devices are needed")
 
 
-def _recipe(path: str, variant: str, edits: list[str]) -> Recipe:
+def _recipe(module: ModuleType, args: argparse.Namespace) -> Recipe:
     """The configuration's recipe, with pictures that can be had here."""
-    recipe = cli.load_config_file(path).get_config(variant)
+    recipe = module.get_config(args.variant)
     data = recipe.config.data
     if isinstance(data, DataConfig):
-        missing = data.path not in ("digits", "world") and not Path(data.path).exists()
         # One batch is not worth a process.
-        recipe = recipe.override(["data.workers=0", *(["data.path=world"] if missing else [])])
-    return recipe.override(edits).config.resolve().recipe()
+        recipe = recipe.override(["data.workers=0", *([] if is_there(data.path) else ["data.path=world"])])
+    return recipe.override(args.set).config.resolve().recipe()
 
 
 def _plan_all(args: argparse.Namespace, devices) -> list[dict]:
@@ -88,10 +88,10 @@ def _plan_all(args: argparse.Namespace, devices) -> list[dict]:
     rows = []
     for path in args.config:
         name = Path(path).stem
-        if name == "__init__" or args.variant not in getattr(cli.load_config_file(path), "VARIANTS", ()):
+        if name == "__init__" or args.variant not in getattr(module := cli.load_config_file(path), "VARIANTS", ()):
             continue
         try:
-            found = list(plan_updates(_recipe(path, args.variant, args.set), devices, args.mesh, only=args.only))
+            found = list(plan_updates(_recipe(module, args), devices, args.mesh, only=args.only))
         except Exception as error:  # the others are wanted all the same
             found = [{"stage": " ".join(f"{type(error).__name__}: {error}".split())[:200]}]
         rows += [{"config": name} | row for row in found]
