@@ -92,6 +92,14 @@ def shared():
     return path
 
 
+@pytest.fixture(scope="session")
+def compile_cache():
+    """Variables of the environment by which a process that a test starts keeps its programs where this one does."""
+    folder = jax.config.jax_compilation_cache_dir
+    least = str(jax.config.jax_persistent_cache_min_compile_time_secs)
+    return {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": least} if folder else {}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_mappings():
     """Compiled functions map memory, of which Linux lets a process have 65,530 pieces: those of earlier modules go in time."""

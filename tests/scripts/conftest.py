@@ -45,16 +45,14 @@ def config_path():
 
 
 @pytest.fixture(scope="session")
-def processes():
+def processes(compile_cache):
     """`processes(call, ..., devices=1)` starts one process that runs the calls, `(script, argument, ...)`, in order."""
 
     def start(*calls, devices=1):
         calls = [[str(ROOT / "scripts" / f"{call[0]}.py"), *map(str, call[1:])] for call in calls]
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+        env = os.environ | compile_cache
+        env |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
         env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} if devices > 1 else {}
-        if jax.config.jax_compilation_cache_dir:
-            env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
-            env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(jax.config.jax_persistent_cache_min_compile_time_secs)
         command = [sys.executable, *calls[0]] if len(calls) == 1 else [sys.executable, "-c", SEVERAL, json.dumps(calls)]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         return subprocess.Popen(command, env=env, **pipes)

@@ -134,12 +134,9 @@ def test_later_stages_receive_the_average(tmp_path, mesh):
     assert rows(tmp_path, "second")[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_signals_in_a_second_stage_and_killed_processes(tmp_path, mesh):
+def test_signals_in_a_second_stage_and_killed_processes(tmp_path, mesh, compile_cache):
     """Kills a training process twice, terminates it once, finishes here: the result is that of an uninterrupted run."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}"}
-    if jax.config.jax_compilation_cache_dir:
-        env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
-        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(jax.config.jax_persistent_cache_min_compile_time_secs)
+    env = os.environ | compile_cache | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}"}
 
     def start_and_signal(signum, stage, step):
         command = [sys.executable, "-c", f"import toy_recipe; toy_recipe.main('{tmp_path}/killed')"]
