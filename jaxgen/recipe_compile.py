@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxgen.benchmark import compile_report
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train import TrainState, abstract_state, batch_sharding, make_mesh, make_step, replicated
+from jaxgen.train.mesh import batch_parts
 from kernels_pallas.device import describe, target
 
 __all__ = ["UpdateProgram", "compile_recipe", "update_program"]
@@ -44,12 +45,12 @@ def update_program(stage: Stage, mesh: Mesh, known: Mapping[str, PyTree]) -> Upd
       mesh: its devices.
       known: `UpdateProgram.weights` of the earlier stages, by name.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts, split = batch_parts(mesh), batch_sharding(mesh)
     share = next(iter(stage.data(0, parts)))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * parts, *x.shape[1:]), x.dtype), share)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * parts, *x.shape[1:]), x.dtype, sharding=split), share)
     frozen = {name: known[name] for name in stage.needs}
     state = abstract_state(stage, mesh, frozen)
-    return UpdateProgram(make_step(stage, mesh, frozen), (state, _place(batch, batch_sharding(mesh)), frozen))
+    return UpdateProgram(make_step(stage, mesh, frozen), (state, batch, frozen))
 
 
 def compile_recipe(recipe: Recipe, devices: Sequence[Any], *, batch: int = 2) -> Iterator[dict]:

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxgen.recipe import Stage
-from jaxgen.train.mesh import batch_share, replicate_batch, shard_batch
+from jaxgen.train.mesh import batch_parts, batch_share, replicate_batch, shard_batch
 from kernels_pallas import partitioned
 
 __all__ = ["evaluate"]
@@ -36,7 +36,7 @@ def evaluate(
     Raises:
       ValueError: there are no examples.
     """
-    key, parts = jax.random.key(0), mesh.shape["data"] * mesh.shape["fsdp"]
+    key, parts = jax.random.key(0), batch_parts(mesh)
     total, count, shares = {}, 0, batch_share(mesh)[1]
     for index, batch in enumerate(stage.eval_data(*batch_share(mesh))):
         if stop():

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.recipe import Stage
-from jaxgen.train.mesh import batch_sharding, batch_share, shardings
+from jaxgen.train.mesh import batch_parts, batch_sharding, batch_share, check_split, shardings
 
 __all__ = ["REDUCE_DTYPES", "check_batch", "check_mesh", "check_reducible", "gradients", "has_state", "local_gradients"]
 
@@ -103,7 +103,7 @@ def _split(batch: PyTree, n: int, mesh: Mesh) -> PyTree:
     """As `_take_turns`, by which no example changes its device."""
     axes = batch_sharding(mesh).spec[0]
     for x in jax.tree.leaves(batch):
-        _check_size(x.shape[0], n, mesh)
+        check_split(mesh, x.shape[0], accumulate=n)
     placed = NamedSharding(mesh, P(None, axes))
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, placed), _take_turns(batch, n))
 
@@ -149,19 +149,9 @@ def check_batch(stage: Stage, mesh: Mesh) -> None:
     Raises:
       ValueError: the stage, and the numbers that do not divide each other.
     """
-    if _parts(mesh) * stage.accumulate == 1 or not stage.steps:
+    if batch_parts(mesh) * stage.accumulate == 1 or not stage.steps:
         return
     index, count = batch_share(mesh)
     with contextlib.closing(iter(stage.data(index, count))) as data:
         size = len(jax.tree.leaves(next(data))[0]) * count
-    _check_size(size, stage.accumulate, mesh, f"stage {stage.name!r}: ")
-
-
-def _parts(mesh: Mesh) -> int:
-    return mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-
-
-def _check_size(size: int, n: int, mesh: Mesh, where: str = "") -> None:
-    if size % (n * _parts(mesh)):
-        micro = f"into accumulate={n} micro-batches " if n > 1 else ""
-        raise ValueError(f"{where}a batch of {size} examples cannot be split {micro}over data*fsdp={_parts(mesh)} devices")
+    check_split(mesh, size, accumulate=stage.accumulate, where=f"stage {stage.name!r}: ")

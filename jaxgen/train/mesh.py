@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec as P
 
 __all__ = [
     "AXES",
+    "batch_parts",
     "batch_share",
     "batch_sharding",
+    "check_split",
     "make_mesh",
     "parse_mesh",
     "path_name",
@@ -145,6 +147,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into: the devices along `data` and `fsdp`."""
+    return mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+
+
+def check_split(mesh: Mesh, size: int, *, accumulate: int = 1, where: str = "") -> None:
+    """That a batch of so many examples can be split into micro-batches and over the mesh.
+
+    Raises:
+      ValueError: it cannot; `where` comes first.
+    """
+    if size % (accumulate * batch_parts(mesh)):
+        micro = f"into accumulate={accumulate} micro-batches " if accumulate > 1 else ""
+        raise ValueError(f"{where}a batch of {size} examples cannot be split {micro}over data*fsdp={batch_parts(mesh)} devices")
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """`(index, count)`: which part of each batch this process feeds, and how many parts there are.
 
@@ -161,7 +179,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 def _shares(mesh: Mesh) -> dict[int, tuple[int, ...]]:
     """Process -> the places along `data` and `fsdp` that its devices have."""
     rows = np.moveaxis(mesh.devices, [mesh.axis_names.index(axis) for axis in ("data", "fsdp") if axis in mesh.shape], [0, 1])
-    rows = rows.reshape(mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1), -1)
+    rows = rows.reshape(batch_parts(mesh), -1)
     places: dict[int, set[int]] = {}
     for place, devices in enumerate(rows):
         for device in devices:
@@ -190,9 +208,7 @@ def shard_batch(mesh: Mesh, batch: PyTree) -> PyTree:
         raise ValueError(f"the arrays of a batch differ in their leading axis: {sizes}")
     count = batch_share(mesh)[1]
     size = next(iter(sizes.values()))[0] * count
-    parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-    if size % parts:
-        raise ValueError(f"a batch of {size} examples cannot be split over data*fsdp={parts} devices")
+    check_split(mesh, size)
 
     def place(x):
         x = np.asarray(x)
@@ -207,9 +223,8 @@ def spread(mesh: Mesh, x: np.ndarray) -> jax.Array:
     Raises:
       ValueError: the devices along `data` and `fsdp` do not divide b.
     """
-    x, parts = np.asarray(x), mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-    if len(x) % parts:
-        raise ValueError(f"a batch of {len(x)} examples cannot be split over data*fsdp={parts} devices")
+    x = np.asarray(x)
+    check_split(mesh, len(x))
     return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
 
 
