@@ -68,7 +68,7 @@ def logit_normal_times(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Arr
     return jax.nn.sigmoid(jax.random.normal(key, shape))
 
 
-def uniform_times(steps: int) -> Float[Array, "steps+1"]:
+def uniform_times(steps: int) -> Float[Array, " steps+1"]:
     """1, 1 - 1 / steps, ..., 0.
 
     Raises:
@@ -79,7 +79,7 @@ def uniform_times(steps: int) -> Float[Array, "steps+1"]:
     return jnp.linspace(1.0, 0.0, steps + 1)
 
 
-def times_with_jump(steps: int, last: float = 0.04) -> Float[np.ndarray, "steps+1"]:
+def times_with_jump(steps: int, last: float = 0.04) -> Float[np.ndarray, " steps+1"]:
     """1 to `last` in equal steps, and from there to 0 in one: for noisy steps, whose score grows without bound near 0.
 
     Raises:
@@ -92,7 +92,7 @@ def times_with_jump(steps: int, last: float = 0.04) -> Float[np.ndarray, "steps+
     return np.append(np.linspace(1, last, steps), 0).astype(np.float32)
 
 
-def two_speed_times(steps: int) -> Float[np.ndarray, "steps+1"]:
+def two_speed_times(steps: int) -> Float[np.ndarray, " steps+1"]:
     """Half of the levels from 1 to 0.3, the others from 0.25 to 0: small steps near the data (FlowAR's released sampler).
 
     Raises:
@@ -105,7 +105,7 @@ def two_speed_times(steps: int) -> Float[np.ndarray, "steps+1"]:
 
 
 def integrate(
-    velocity: Velocity, x: Float[Array, "b *n"], times: Float[Array, "steps+1"], *, method: str = "euler"
+    velocity: Velocity, x: Float[Array, "b *n"], times: Float[Array, " steps+1"], *, method: str = "euler"
 ) -> Float[Array, "b *n"]:
     """Follows dx / dt = velocity(x, t) along `times`, in one compiled loop.
 
@@ -126,7 +126,7 @@ def integrate(
 def integrate_with(
     velocity: Callable[..., tuple[Float[Array, "b *n"], Any]],
     x: Float[Array, "b *n"],
-    times: Float[Array, "steps+1"],
+    times: Float[Array, " steps+1"],
     state: Any,
     *,
     method: str = "euler",

@@ -30,7 +30,7 @@ def sample_entities(
     params: Any,
     cache: Any,
     cond: Any,
-    times: Float[Array, "steps+1"],
+    times: Float[Array, " steps+1"],
     solver: str = "noisy",
     cfg: Any = 0.0,
 ) -> Float[Array, "b L c"]:

@@ -113,7 +113,7 @@ class ByteTokenizer(nn.Module):
         """(H, W)."""
         return self.codec.shape[-3:-1]
 
-    def encode(self, images: Float[Array, "b *shape"]) -> Int[Array, "b l"]:
+    def encode(self, images: Float[Array, "b ... c"]) -> Int[Array, "b l"]:
         """Tokens of pictures in [-1, 1]. A file that is too long is cut, and then not valid."""
 
         def run(images):
@@ -122,11 +122,11 @@ class ByteTokenizer(nn.Module):
         out = jax.ShapeDtypeStruct((images.shape[0], self.length), jnp.int32)
         return jax.pure_callback(run, out, to_uint8(images), vmap_method="sequential")
 
-    def decode(self, tokens: Int[Array, "b l"]) -> Float[Array, "b *shape"]:
+    def decode(self, tokens: Int[Array, "b l"]) -> Float[Array, "b ... c"]:
         """Pictures in [-1, 1]; what is not valid becomes grey."""
         return self.read(tokens)[0]
 
-    def read(self, tokens: Int[Array, "b l"]) -> tuple[Float[Array, "b *shape"], Bool[Array, "b"]]:
+    def read(self, tokens: Int[Array, "b l"]) -> tuple[Float[Array, "b ... c"], Bool[Array, "b"]]:
         """(pictures, which of them are valid)."""
 
         def run(tokens):
