@@ -103,8 +103,7 @@ class MaskedLatentTransformer(nn.Module):
     ) -> Float[Array, ""]:
         """The head's loss, averaged over the unknown tokens and `repeats` noise levels of each."""
         z = self.features(labels, tokens, known, train=train)
-        shape = (repeats, *tokens.shape)
-        loss = self.head.loss(z, jnp.broadcast_to(tokens, shape), key).mean(0)
+        loss = self.head.loss(z[:, None], jnp.repeat(tokens[:, None], repeats, axis=1), key).mean(1)
         return jnp.where(known, 0, loss).sum() / jnp.maximum((~known).sum(), 1)
 
     def step(self, cache: None, view: View, labels: Int[Array, "b"]) -> tuple[Out, None]:

@@ -172,10 +172,10 @@ class PivotedLatentTransformer(nn.Module):
         """
         key_pivots, key_dense = jax.random.split(key)
         z = self.pivot_features(labels, pivots, known_pivots, train=train)
-        errors = self.head.loss(z, jnp.broadcast_to(pivots, (repeats, *pivots.shape)), key_pivots).mean(0)
+        errors = self.head.loss(z[:, None], jnp.repeat(pivots[:, None], repeats, axis=1), key_pivots).mean(1)
         first = jnp.where(known_pivots, 0, errors).sum() / jnp.maximum((~known_pivots).sum(), 1)
         z = self.dense_features(labels, tokens, known, jax.lax.stop_gradient(z), shown[:, None] & ~known_pivots, train=train)
-        second = self.dense_head.loss(jnp.tile(z, (repeats, 1, 1)), jnp.tile(tokens, (repeats, 1, 1)), key_dense).mean()
+        second = self.dense_head.loss(jnp.repeat(z, repeats, axis=0), jnp.repeat(tokens, repeats, axis=0), key_dense).mean()
         p, l = self.pivots, self.length
         return (PIVOT_LOSS * p * first + DENSE_LOSS * l * second) / (p + l)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jaxgen.nn.placement import place_rows
 from jaxgen.nn.timestep import TimestepEmbedding
 from jaxgen.paths_vp import PREDICTIONS, VPPath, chain_log_prob, sample_chain
 
@@ -28,7 +29,7 @@ class _ResBlock(nn.Module):
         shift, scale, gate = jnp.split(ada, 3, axis=-1)
         h = nn.LayerNorm(epsilon=1e-6, name="norm")(x) * (1 + scale) + shift
         h = nn.silu(nn.Dense(width, kernel_init=init, dtype=self.dtype, name="fc1")(h))
-        return x + gate * nn.Dense(width, kernel_init=init, dtype=self.dtype, name="fc2")(h)
+        return place_rows(x + gate * nn.Dense(width, kernel_init=init, dtype=self.dtype, name="fc2")(h))
 
 
 class DiffusionHead(nn.Module):
@@ -58,14 +59,14 @@ class DiffusionHead(nn.Module):
     ) -> tuple[Float[Array, "*b c"], Float[Array, "*b c"]]:
         """(prediction, share) at noisy tokens `x`; 0 and 1 of the share are the smallest and the largest log-variance.
 
-        Leading axes broadcast.
+        Leading axes broadcast; on a mesh the first is the batch's.
         """
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction={self.prediction!r}: expected one of {', '.join(PREDICTIONS)}")
         init, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
         time = TimestepEmbedding(self.width, name="time")(times)
-        cond = time + nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="cond")(z)
-        h = nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="inputs")(x)
+        cond = place_rows(time + nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="cond")(z))
+        h = place_rows(nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="inputs")(x))
         for i in range(self.depth):
             h = _ResBlock(self.dtype, name=f"blocks_{i}")(h, cond)
         ada = nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="ada")(nn.silu(cond))
