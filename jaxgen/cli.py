@@ -36,6 +36,7 @@ from jaxgen.train.mesh import path_name
 
 __all__ = [
     "add_device_flags",
+    "add_shard_flag",
     "check_stages",
     "comma_separated",
     "load_config_file",
@@ -43,6 +44,7 @@ __all__ = [
     "open_workdir",
     "output_file",
     "run",
+    "with_shards",
 ]
 
 
@@ -82,6 +84,18 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
     parser.add_argument("--wait_s", type=float, default=300.0, help="seconds to wait for the other processes")
     parser.add_argument("--compile_cache", metavar="DIR", help="keeps compiled programs for the next run")
+
+
+def add_shard_flag(parser: argparse.ArgumentParser) -> None:
+    """`--shard`, whose patterns `with_shards` reads."""
+    parser.add_argument(
+        "--shard",
+        nargs="*",
+        default=[],
+        action="extend",
+        metavar="PATTERN=AXES",
+        help="where parameters lie whose path has the pattern, by dimension: head/head/kernel=fsdp,tensor; - splits nothing",
+    )
 
 
 def open_devices(args: argparse.Namespace, *, every_device: bool) -> Mesh | None:
@@ -126,16 +140,31 @@ def check_stages(recipe: Recipe, mesh: Mesh, shard: Sequence[str] = ()) -> Recip
     Only shapes are computed; where a batch is to be split, one of each stage is read.
 
     Args:
-      recipe: to be trained.
-      mesh: its devices.
-      shard: patterns that come before the recipe's own, see `jaxgen.train.parse_rules`.
+      recipe, mesh, shard: as in `with_shards`.
 
     Returns:
       The recipe with these patterns.
 
     Raises:
-      ValueError: what the stage's modules, its optimizer or `jaxgen.train.mesh.shardings` object to, a batch that the mesh does
-        not divide, or a pattern (see `jaxgen.train.check_rules`).
+      ValueError: as `with_shards`, or a batch that the mesh does not divide.
+    """
+    recipe = with_shards(recipe, mesh, shard)
+    for stage in recipe.stages:
+        check_batch(stage, mesh)
+    return recipe
+
+
+def with_shards(recipe: Recipe, mesh: Mesh, shard: Sequence[str]) -> Recipe:
+    """The recipe with a user's patterns for where parameters lie, checked against the parameters of all stages.
+
+    Args:
+      recipe: to be trained.
+      mesh: its devices.
+      shard: patterns that come before the recipe's own, see `jaxgen.train.parse_rules`.
+
+    Raises:
+      ValueError: what the stage's modules, its optimizer or `jaxgen.train.mesh.shardings` object to, or a pattern (see
+        `jaxgen.train.check_rules`).
     """
     rules = parse_rules(shard)
     recipe, params, names = recipe.with_rules(rules), {}, []
@@ -145,8 +174,6 @@ def check_stages(recipe: Recipe, mesh: Mesh, shard: Sequence[str] = ()) -> Recip
         leaves = jax.tree_util.tree_leaves_with_path((state.params, state.state))
         names.append([path_name(path[1:]) for path, _ in leaves])
     check_rules(rules, names)
-    for stage in recipe.stages:
-        check_batch(stage, mesh)
     return recipe
 
 

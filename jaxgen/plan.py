@@ -101,7 +101,9 @@ def parse_devices(name: str) -> Devices:
     return Devices(name, chip, count)
 
 
-def plan_updates(recipe: Recipe, devices: Devices, mesh: str | None = None, *, only: str = "") -> Iterator[dict]:
+def plan_updates(
+    recipe: Recipe, devices: Devices, mesh: str | None = None, *, only: str = "", reduce_dtype: str | None = None
+) -> Iterator[dict]:
     """A row for one update of each stage that is trained.
 
     Bytes are those of the fullest device, as its compiler laid them out; FLOP those of the traced program's matrix products,
@@ -112,14 +114,15 @@ def plan_updates(recipe: Recipe, devices: Devices, mesh: str | None = None, *, o
       devices: to compile for.
       mesh: as `jaxgen.train.make_mesh` reads it; all devices on `data` by default.
       only: stages whose name contains this.
+      reduce_dtype: as in `jaxgen.train.RunConfig`.
 
     Raises:
-      ValueError: the mesh does not divide the devices, a batch or a parameter.
+      ValueError: the mesh does not divide the devices, a batch or a parameter, or does not allow the `reduce_dtype`.
     """
     placed = make_mesh(mesh, devices.devices())
     known: dict[str, PyTree] = {}
     for stage in recipe.stages:
-        program = update_program(stage, placed, known)
+        program = update_program(stage, placed, known, reduce_dtype=reduce_dtype)
         known[stage.name] = program.weights
         if not stage.steps or only not in stage.name:
             continue

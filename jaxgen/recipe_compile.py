@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxgen.benchmark import compile_report
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train import TrainState, abstract_state, batch_sharding, make_mesh, make_step, replicated
+from jaxgen.train.gradients import has_state
 from jaxgen.train.mesh import batch_parts
 from kernels_pallas.device import describe, target
 
@@ -37,20 +38,28 @@ class UpdateProgram(NamedTuple):
         return self.inputs[0].weights
 
 
-def update_program(stage: Stage, mesh: Mesh, known: Mapping[str, PyTree]) -> UpdateProgram:
+def update_program(
+    stage: Stage, mesh: Mesh, known: Mapping[str, PyTree], *, reduce_dtype: str | None = None
+) -> UpdateProgram:
     """The update of a stage with its own batches; one device's share of a batch is read, for its shapes.
 
     Args:
       stage: to be trained.
       mesh: its devices.
       known: `UpdateProgram.weights` of the earlier stages, by name.
+      reduce_dtype: as in `jaxgen.train.RunConfig`; stages with a state that changes in training do not follow.
+
+    Raises:
+      ValueError: see `jaxgen.train.make_step`.
     """
     parts, split = batch_parts(mesh), batch_sharding(mesh)
     share = next(iter(stage.data(0, parts)))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * parts, *x.shape[1:]), x.dtype, sharding=split), share)
     frozen = {name: known[name] for name in stage.needs}
     state = abstract_state(stage, mesh, frozen)
-    return UpdateProgram(make_step(stage, mesh, frozen), (state, batch, frozen))
+    if reduce_dtype is not None and has_state(stage, frozen):
+        reduce_dtype = None
+    return UpdateProgram(make_step(stage, mesh, frozen, reduce_dtype=reduce_dtype), (state, batch, frozen))
 
 
 def compile_recipe(recipe: Recipe, devices: Sequence[Any], *, batch: int = 2) -> Iterator[dict]:

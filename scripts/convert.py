@@ -11,7 +11,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from jaxgen import cli
+from jaxgen import cli, storage
 from jaxgen.interop import flexvar, hmar, mar, var
 from jaxgen.recipe import modules
 from jaxgen.recipes import next_scale, refined_scale
@@ -33,7 +33,7 @@ TOKENIZERS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=("import", "export"))
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", required=True, help="a folder, or gs://bucket/folder")
     parser.add_argument("--layout", choices=TOKENIZERS, default="var", help="whose files; exporting writes VAR's")
     parser.add_argument("--generator", help="the generator's file; importing may leave it out")
     parser.add_argument("--tokenizer", required=True, help="the tokenizer's file")
@@ -44,7 +44,8 @@ def main():
 
 
 def import_checkpoints(args):
-    taken = [name for name in ("config.json", "checkpoints") if (Path(args.workdir) / name).exists()]
+    workdir = storage.place(args.workdir)
+    taken = [name for name in ("config.json", "checkpoints") if storage.exists(workdir / name)]
     if taken:
         raise ValueError(f"--workdir {args.workdir}: already has {' and '.join(taken)}; import into a new one")
     patch_nums = tuple(cli.comma_separated(args.patch_nums, "--patch_nums")) if args.patch_nums else None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import cli, pictures
+from jaxgen import cli, pictures, storage
 from jaxgen.data import pixels
 from jaxgen.recipe import modules
 from jaxgen.recipes.evaluation import evaluate_images, held_out
@@ -23,14 +23,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parent.parent / "configs" / "var.py"))
     parser.add_argument("--variant", default="demo")
-    parser.add_argument("--workdir", default="runs/demo")
+    parser.add_argument("--workdir", default="runs/demo", help="a folder, or gs://bucket/folder")
     parser.add_argument("--num", type=int, default=1000, help="samples to measure")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
     args = parser.parse_args()
     start = time.monotonic()
     recipe = cli.load_config_file(args.config).get_config(args.variant).override(args.set)
     recipe = recipe.config.resolve().recipe()
-    workdir = Path(args.workdir)
+    workdir = storage.place(args.workdir)
     results = train(recipe, workdir, run=recipe.config.run)
     params = {name: result.params for name, result in results.items()}
     trained = time.monotonic() - start
@@ -47,7 +47,7 @@ def main():
     print(f"see {workdir}/samples.png, reconstructions.png, scales.png, metrics.json")
 
 
-def write_pictures(recipe, params, workdir: Path, images: np.ndarray) -> None:
+def write_pictures(recipe, params, workdir: storage.Place, images: np.ndarray) -> None:
     """`samples.png`, `reconstructions.png` and `scales.png`; `images` are sorted by class, equally many of each."""
     classes = recipe.config.model.num_classes
     scale = max(1, 48 // images.shape[1])

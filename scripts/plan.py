@@ -11,8 +11,10 @@ batch; pictures that are not there are drawn instead. Of several configurations,
 """
 
 import argparse
+import functools
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -20,9 +22,10 @@ import jax
 
 from jaxgen import cli
 from jaxgen.data import DataConfig, is_there
-from jaxgen.plan import parse_devices, plan_updates, proposals
+from jaxgen.plan import Devices, parse_devices, plan_updates, proposals
 from jaxgen.recipe import Recipe
 from jaxgen.tables import markdown_table, text_table
+from jaxgen.train import make_mesh
 
 # No device is used, and libtpu must not look for one.
 ENVIRONMENT = {
@@ -40,6 +43,7 @@ def main():
     parser.add_argument("--variant", required=True)
     parser.add_argument("--device", required=True, help="such as v5e-64, v5p-128, v6e-256, h100-8")
     parser.add_argument("--mesh", help="axes and sizes, such as data=8,fsdp=8; all devices on data if left out")
+    cli.add_shard_flag(parser)
     parser.add_argument("--only", default="", help="stages whose name contains this")
     parser.add_argument("--propose", action="store_true", help="tries meshes, recomputation and smaller batches until one fits")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="edits of the configuration")
@@ -59,13 +63,14 @@ def main():
         return
     recipe = _recipe(cli.load_config_file(args.config[0]), args)
     if not args.propose:
-        rows = list(plan_updates(recipe, devices, args.mesh, only=args.only))
+        rows = list(_plan(recipe, devices, args.mesh, only=args.only, shard=args.shard))
         if not rows:
             raise ValueError(f"--only {args.only!r} fits none of the stages that are trained")
         print(table(rows))
         return
     fits = False
-    for mesh, edits, rows in proposals(recipe, devices, only=args.only or "generator"):
+    plan = functools.partial(_plan, shard=args.shard)
+    for mesh, edits, rows in proposals(recipe, devices, only=args.only or "generator", plan=plan):
         fits = all(row["fits"] for row in rows)
         print(f"\n{'fits' if fits else 'does not fit'}: --mesh {mesh} {'--set ' + ' '.join(edits) if edits else ''}".rstrip())
         print(table(rows), flush=True)
@@ -83,7 +88,14 @@ def _recipe(module: ModuleType, args: argparse.Namespace) -> Recipe:
     return recipe.override(args.set).config.resolve().recipe()
 
 
-def _plan_all(args: argparse.Namespace, devices) -> list[dict]:
+def _plan(recipe: Recipe, devices: Devices, mesh: str | None, *, only: str, shard: Sequence[str]) -> Iterator[dict]:
+    """The rows of a recipe, trained as `train.py` would train it."""
+    if shard:
+        recipe = cli.with_shards(recipe, make_mesh(mesh, devices.devices()), shard)
+    return plan_updates(recipe, devices, mesh, only=only, reduce_dtype=recipe.config.run.reduce_dtype)
+
+
+def _plan_all(args: argparse.Namespace, devices: Devices) -> list[dict]:
     """The rows of every configuration that has the variant; what goes wrong with one is its row."""
     rows = []
     for path in args.config:
@@ -91,7 +103,7 @@ def _plan_all(args: argparse.Namespace, devices) -> list[dict]:
         if name == "__init__" or args.variant not in getattr(module := cli.load_config_file(path), "VARIANTS", ()):
             continue
         try:
-            found = list(plan_updates(_recipe(module, args), devices, args.mesh, only=args.only))
+            found = list(_plan(_recipe(module, args), devices, args.mesh, only=args.only, shard=args.shard))
         except Exception as error:  # the others are wanted all the same
             found = [{"stage": " ".join(f"{type(error).__name__}: {error}".split())[:200]}]
         rows += [{"config": name} | row for row in found]

@@ -9,7 +9,6 @@ python scripts/sample.py --workdir runs/text --prompt "To be, or" --num 3 --leng
 
 import argparse
 import ast
-import contextlib
 
 import jax
 import numpy as np
@@ -19,9 +18,9 @@ from jaxgen.data import read_image, to_uint8
 from jaxgen.data.text import decode_bytes
 from jaxgen.decoding.speculate import BROKEN
 from jaxgen.generators import box_mask
+from jaxgen.hosts import to_host
 from jaxgen.recipes.evaluation import sample_outputs
-from jaxgen.train import to_host
-from kernels_pallas import partitioned
+from jaxgen.recipes.sampling import sample_batch
 
 
 def main():
@@ -127,9 +126,7 @@ def sample_text(args, recipe, params, mesh):
     """All continuations of all prompts, with a line between."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     settings = dict(length=args.length, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature) | options(args.option)
-    with partitioned(mesh) if mesh else contextlib.nullcontext():
-        out = recipe.sample(params, jax.random.key(args.seed), prompts, **settings)
-    out = to_host(out)
+    out = to_host(sample_batch(recipe, params, jax.random.key(args.seed), prompts, mesh=mesh, **settings))
     if jax.process_index():
         return
     texts = decode_bytes(out["tokens"], out["length"])

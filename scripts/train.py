@@ -16,14 +16,7 @@ def main():
     parser.add_argument("--variant", required=True)
     parser.add_argument("--workdir", required=True, help="a folder, or gs://bucket/folder")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="edits of the configuration")
-    parser.add_argument(
-        "--shard",
-        nargs="*",
-        default=[],
-        action="extend",
-        metavar="PATTERN=AXES",
-        help="where parameters lie whose path has the pattern, by dimension: head/head/kernel=fsdp,tensor; - splits nothing",
-    )
+    cli.add_shard_flag(parser)
     parser.add_argument("--until", metavar="STAGE", help="trains this stage and those before it")
     parser.add_argument("--profile", type=int, metavar="N", help="records a trace of N updates in the work directory")
     cli.add_device_flags(parser)

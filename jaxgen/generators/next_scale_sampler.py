@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxgen.decoding import Known, Settings, check_settings, ramped, sample_scales
 from jaxgen.generators.next_scale import NextScaleTransformer
+from jaxgen.hosts import to_host
 from jaxgen.orders import Order
 from jaxgen.resample import resize
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer
@@ -143,7 +144,7 @@ def check_labels(labels, num_classes: int) -> Int[Array, "b"]:
     if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers [b]; got {labels.dtype} {labels.shape}")
     if not isinstance(labels, jax.core.Tracer):
-        values = np.asarray(labels)
+        values = to_host(labels)
         bad = values[(values < 0) | (values > num_classes)]
         if bad.size:
             raise ValueError(f"label {bad[0]} is out of range 0..{num_classes} ({num_classes} = unconditional)")

@@ -23,6 +23,7 @@ from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.generators.bases import LlamaModel
 from jaxgen.generators.sequence_sampler import stepper
+from jaxgen.hosts import to_host
 from jaxgen.nn.cross_attention import Context
 from jaxgen.orders import Order, raster
 from jaxgen.retrieval import Index, check_index, nearest
@@ -170,7 +171,7 @@ class RetrievalSampler:
           ValueError: labels that no entry has, fewer entries than k, features of another width, or settings out of range.
         """
         check_index(index, self.k, self.generator.feature_width)
-        labels = np.asarray(labels)
+        labels = to_host(labels)
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"labels {labels.dtype} {labels.shape}: expected integers [b]")
         known = np.unique(np.asarray(index.labels)[: int(index.count)])

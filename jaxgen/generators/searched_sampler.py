@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, Key
 
 from jaxgen.decoding import Found, Known, Reward, SearchPlan, Settings, search_scales
 from jaxgen.generators.next_scale_sampler import NextScaleSampler
+from jaxgen.hosts import to_host
 
 __all__ = ["SearchedSampler"]
 
@@ -65,8 +66,9 @@ class SearchedSampler(NextScaleSampler):
         reward, features = (_as_pytree(f) for f in (reward, features))
         found = self._search(params, key, labels, settings, known, reward, features)
         for scale, scores in zip((*sorted(self.plan.resample), self.generator.order.steps - 1), found.scores):
-            if not isinstance(scores, jax.core.Tracer) and np.isnan(scores).any():
-                raise ValueError(f"reward: NaN for image {np.argwhere(np.isnan(scores))[0][0]} after scale {scale}")
+            bad = () if isinstance(scores, jax.core.Tracer) else np.argwhere(np.isnan(to_host(scores)))
+            if len(bad):
+                raise ValueError(f"reward: NaN for image {bad[0][0]} after scale {scale}")
         return found
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from jaxgen import metrics
 from jaxgen.data import DataConfig, batches, make_source, pixels
+from jaxgen.hosts import to_host
 from jaxgen.nn.classifier import Classifier
 from jaxgen.nn.perceptual import lpips
 from jaxgen.recipe import modules
 from jaxgen.recipes.image_quality import observe
-from jaxgen.train import spread, to_host
+from jaxgen.recipes.sampling import sample_batch
 
 __all__ = [
     "evaluate_images",
@@ -195,8 +196,7 @@ def sample_outputs(
     for i, start in enumerate(range(0, len(labels), batch_size)):
         chunk = np.asarray(labels[start : start + batch_size])
         padded = np.resize(chunk, batch_size)
-        padded = padded if mesh is None else spread(mesh, padded)
-        out = recipe.sample(params, jax.random.fold_in(key, i), padded, **settings)
+        out = sample_batch(recipe, params, jax.random.fold_in(key, i), padded, mesh=mesh, **settings)
         parts.append({name: to_host(out[name])[: len(chunk)] for name in names})
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 

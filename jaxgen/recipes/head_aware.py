@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgen.decoding import HeadPlan, Settings, attention_variance, classify_heads, replay, split_budget
 from jaxgen.generators import HeadAware, NextScaleSampler
+from jaxgen.hosts import to_host
 from jaxgen.orders import scales
 from jaxgen.recipe import Recipe, modules
 from jaxgen.recipes.fields import check_fields
@@ -80,7 +81,7 @@ class HeadAwareConfig(NextScaleConfig):
         """`attention_variance` on samples of the model, by class in turn, without guidance."""
         labels = jnp.arange(self.cache.samples) % self.num_classes
         key = jax.random.fold_in(jax.random.key(seed), CALIBRATION)
-        return np.asarray(_variance(self.build_sampler(), modules(params), key, labels))
+        return to_host(_variance(self.build_sampler(), modules(params), key, labels))
 
     def plan(self, params: Mapping[str, Any], *, keep: float | None = None) -> HeadPlan:
         """The heads of a trained generator, told apart, and their budgets.

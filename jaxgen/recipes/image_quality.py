@@ -25,7 +25,8 @@ from jaxgen import storage
 from jaxgen.data import DataConfig, batches, make_source, to_uint8
 from jaxgen.metrics import ImageStats, Reference, image_scores, npz_images, read_reference
 from jaxgen.metrics.image_stats import STATE, npz_count
-from jaxgen.train import Progress, batch_sharding, make_mesh, replicated, spread
+from jaxgen.recipes.sampling import sample_batch
+from jaxgen.train import Progress, batch_sharding, make_mesh, replicated
 from jaxgen.train.log import write_json
 
 __all__ = ["Collector", "data_reference", "npz_reference", "observe", "sample_quality", "sample_statistics"]
@@ -243,8 +244,7 @@ def sample_statistics(
         index[index >= len(labels)] = -1
         if collector.missing(index):
             padded = np.resize(labels[start : start + batch_size], batch_size)
-            padded = padded if mesh is None else spread(mesh, padded)
-            out = recipe.sample(params, jax.random.fold_in(key, number), padded, **settings)
+            out = sample_batch(recipe, params, jax.random.fold_in(key, number), padded, mesh=mesh, **settings)
             collector.add(out["images"], index)
         progress.update(number + 1, {"images": float(min(start + batch_size, len(labels)))})
     return collector.finish()

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgen.data import DataConfig, Preprocess, image_batches, make_source, pixels
 from jaxgen.generators.semantic_patches import SemanticPatchModel, SemanticPatchSampler
+from jaxgen.hosts import to_host
 from jaxgen.objectives.alignment import cosine_distance
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.orders_semantic import KINDS, patch_order, similarities
@@ -237,7 +238,7 @@ def _sample(
         raise ValueError(f"known={known}: expected a share in [0, 1]")
     sampler, variables = config.build_sampler(), modules(params)
     keys = jax.random.split(key)
-    images = _held_out(config.data, np.asarray(labels), keys[0])
+    images = _held_out(config.data, to_host(labels), keys[0])
     orders = _orders(config, variables, images, keys[1])
     made = sampler(variables["generator"], images, orders, round(known * sampler.generator.length))
     return {"images": made, "originals": images, "orders": orders}

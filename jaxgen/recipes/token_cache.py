@@ -11,8 +11,9 @@ import jax
 
 from jaxgen.data import DataConfig, image_batches, make_source, pixels
 from jaxgen.data.token_cache import TokenSource, digest, token_batches, write_tokens
+from jaxgen.hosts import to_host
 from jaxgen.recipe import modules
-from jaxgen.train import batch_sharding, make_mesh, replicated, to_host
+from jaxgen.train import batch_sharding, make_mesh, replicated
 
 __all__ = ["cache_tokens", "check_codes", "check_no_cache", "code_batches", "codes"]
 

@@ -18,6 +18,7 @@ from jaxgen.decoding import check_settings, truncate
 from jaxgen.decoding.watermark import decoy_p_value, detect, green_counts, histogram
 from jaxgen.decoding.watermark_bias import LexicalBias, green_lists
 from jaxgen.decoding.watermark_index import green_of_pairs, pair_codes, place_crop, replace_red
+from jaxgen.hosts import to_host
 from jaxgen.objectives.likelihood import cross_entropy
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.quantizers.vector import nearest
@@ -213,7 +214,7 @@ class IndexConfig(SpeculativeImageConfig):
     def pairs(self, params: Mapping[str, Any]) -> Int[np.ndarray, "v"]:
         """Each code's partner; see `pair_codes`."""
         codebook = codebook_of(self.build_tokenizer(), modules(params)["tokenizer"])
-        return pair_codes(np.asarray(codebook), cosine=self.tokenizer.cosine)
+        return pair_codes(to_host(codebook), cosine=self.tokenizer.cosine)
 
     def green(self, partner: Int[Array, "v"]) -> Bool[Array, "v"]:
         """The secret."""

@@ -1,5 +1,6 @@
 """Training: meshes, the jitted update, checkpoints, logging, and the loop over a recipe's stages."""
 
+from jaxgen.hosts import to_host
 from jaxgen.train.checkpoint import Checkpoints, load_params, save_params
 from jaxgen.train.distributed import World, find_world, start_world
 from jaxgen.train.evaluation import evaluate
@@ -16,7 +17,6 @@ from jaxgen.train.mesh import (
     shard_batch,
     shardings,
     spread,
-    to_host,
 )
 from jaxgen.train.profile import CompileCache, Profile
 from jaxgen.train.rules import check_rules, parse_rules

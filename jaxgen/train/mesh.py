@@ -32,7 +32,6 @@ __all__ = [
     "shard_batch",
     "shardings",
     "spread",
-    "to_host",
 ]
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -236,10 +235,3 @@ def replicate_batch(mesh: Mesh, batch: PyTree) -> PyTree:
         parts = multihost_utils.process_allgather(batch)
         batch = jax.tree.map(lambda x: np.concatenate(np.asarray(x)[first]), parts)
     return jax.device_put(batch, replicated(mesh))
-
-
-def to_host(tree: PyTree) -> PyTree:
-    """Arrays that may lie on the devices of many processes, as NumPy arrays in each of them."""
-    if all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
-        return jax.tree.map(np.asarray, tree)
-    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))

@@ -139,6 +139,8 @@ results["evaluate/one"] = evaluate(recipe.stages[0], meshes["one"], done["first"
 chip = CHIPS["h100"]
 recipe = make_recipe(make_stage(data=shared_source(batch=16), rules=rules, optimizer=optax.adamw(1e-2)))
 results["plan"] = {spec: next(plan_updates(recipe, Devices("h100-4", chip, 4), spec)) for spec in ("data=4", "fsdp=4")}
+# A stage with a state does not follow, see "reduced".
+results["plan"]["reduced"] = next(plan_updates(recipe, Devices("h100-4", chip, 4), "data=4", reduce_dtype="float32"))
 tiny = Devices("h100-4", dataclasses.replace(chip, memory=100), 4)
 results["plan"]["tiny"] = next(plan_updates(recipe, tiny, "fsdp=4"))
 
@@ -189,6 +191,10 @@ stateless, bfloat16 = computed_in(jnp.float32), computed_in(jnp.bfloat16)
 results["reduced"] = {
     str(dtype): reduced(bfloat16, meshes["data"], reduce_dtype=dtype) for dtype in (None, "float32", "bfloat16")
 }
+recipe = make_recipe(dataclasses.replace(bfloat16, data=shared_source(batch=16)))
+for dtype in (None, "float32"):
+    row = next(plan_updates(recipe, Devices("h100-4", chip, 4), "data=4", reduce_dtype=dtype))
+    results["reduced"][f"plan/{dtype}"] = row["collectives"]
 for name, dtype in (("one", None), ("data", "float32"), ("data", "bfloat16")):
     ended, losses = run(
         init_state(stateless, jax.random.key(1), meshes[name], {}),

@@ -127,6 +127,7 @@ def close(a, b):
     for name in a["params"]:
         np.testing.assert_allclose(a["params"][name], b["params"][name], rtol=1e-5, atol=1e-6)
     assert a["eval"] == pytest.approx(b["eval"], rel=1e-5)
+    assert a["tokens"] == b["tokens"] and len(a["tokens"]) == 14 and len(set(map(tuple, a["tokens"]))) == 14
 
 
 # One run of two processes is enough for every commit; the others are slow, as each starts Python and JAX two to four times.

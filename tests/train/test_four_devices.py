@@ -76,6 +76,7 @@ def test_gradients_are_summed_once_an_update_in_the_type_asked_for(results):
     for dtype in ("float32", "bfloat16"):
         assert {kind: count for kind, (count, _) in found[dtype]["traffic"].items()} == {"all-reduce": 1}
     assert found["float32"]["traffic"]["all-reduce"][1] == 4 * floats
+    assert found["plan/float32"] == 1 < found["plan/None"]
     one, exact, rounded = (found[name] for name in ("one/None", "data/float32", "data/bfloat16"))
 
     def difference(a, b):
@@ -99,4 +100,5 @@ def test_plans(results):
     assert data["mesh"] == "data=4" and fsdp["mesh"] == "fsdp=4"
     assert data["batch"] == fsdp["batch"] == 16
     assert data["collectives"] == 1 and fsdp["collectives"] > 1
+    assert results["plan"]["reduced"] == data
     assert data["fits"] and fsdp["fits"] and not tiny["fits"]

@@ -14,6 +14,9 @@ import numpy as np
 import toy_recipe
 
 from jaxgen import cli
+from jaxgen.generators import check_labels
+from jaxgen.recipe import Recipe
+from jaxgen.recipes.evaluation import sample_outputs
 from jaxgen.train import RunConfig, make_mesh, shard_batch, start_world, to_host, train
 from jaxgen.train.mesh import batch_sharding, batch_share, path_name, replicate_batch
 
@@ -45,13 +48,32 @@ def run(workdir, mesh, log, bad=-1):
     second = toy_recipe.make_stage("second", 4, needs=("first",), data=toy_recipe.shared_source(batch=16))
     options = RunConfig(save_every=4, eval_every=12, log_every=1, log_every_s=0.0)
     done = train(toy_recipe.make_recipe(first, second), workdir, mesh=mesh, run=options, log=log)
-    params = to_host({name: result.params for name, result in done.items()})
+    trained = {name: result.params for name, result in done.items()}
+    params = to_host(trained)
     return {
         "share": list(batch_share(mesh)),
         "params": {path_name(path): x.tolist() for path, x in jax.tree_util.tree_leaves_with_path(params)},
         "eval": done["first"].metrics.get("loss"),
         "batch": batch_places(mesh),
+        "tokens": tokens(trained, mesh),
     }
+
+
+def tokens(params, mesh):
+    """What a sampler draws that looks at its labels first; 14 rows in batches of 8."""
+
+    def sample(params, key, labels):
+        return {"tokens": draw(params["first"]["params"], key, check_labels(labels, 10))}
+
+    recipe = Recipe(config=None, stages=(), sample=sample)
+    out = sample_outputs(recipe, params, jax.random.key(3), np.arange(14) % 10, names=("tokens",), batch_size=8, mesh=mesh)
+    return out["tokens"].tolist()
+
+
+@jax.jit
+def draw(params, key, labels):
+    x = jnp.tanh(jax.nn.one_hot(labels % 4, 4) @ params["in"]["kernel"])
+    return jax.random.categorical(key, x, shape=(20, len(labels))).T
 
 
 def batch_places(mesh):

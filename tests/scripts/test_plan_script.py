@@ -1,0 +1,53 @@
+"""What scripts/plan.py makes of its flags; what plans say is tested in train/test_four_devices.py."""
+
+import os
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxgen.plan import Devices
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """What was to be planned: (recipe, mesh, options) of each call; nothing is compiled."""
+    calls = []
+
+    def plan_updates(recipe, devices, mesh=None, **options):
+        calls.append((recipe, mesh, options))
+        return iter([{"stage": "generator", "fits": len(calls) > 1}])
+
+    monkeypatch.setattr("jaxgen.plan.plan_updates", plan_updates)
+    monkeypatch.setattr(Devices, "devices", lambda self: jax.devices()[:1])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return calls
+
+
+def arguments(config_path, *more):
+    return ("plan", "--config", config_path, "--variant", "smoke", "--device", "v5e-1", *more)
+
+
+def test_what_is_planned_is_what_is_trained(planned, succeeds, config_path):
+    edits = ("--set", "run.reduce_dtype=bfloat16", "model_train.batch_size=32")
+    shard = ("--shard", "head/head/kernel=-,tensor", "embed=")
+    succeeds(*arguments(config_path, "--mesh", "data=1", "--only", "generator", *edits, *shard))
+    ((recipe, mesh, options),) = planned
+    assert (mesh, options) == ("data=1", {"only": "generator", "reduce_dtype": "bfloat16"})
+    rules = (("head/head/kernel", P(None, "tensor")), ("embed", P()))
+    assert all(stage.rules[:2] == rules for stage in recipe.stages)
+    assert recipe.config.model_train.batch_size == 32
+
+
+def test_patterns_stay_in_what_is_proposed(planned, succeeds, config_path):
+    out = succeeds(*arguments(config_path, "--propose", "--shard", "head/head/kernel="))
+    assert "does not fit: --mesh fsdp=1\n" in out and "\nfits: --mesh fsdp=1 --set model.remat=true\n" in out
+    assert [recipe.config.model.remat for recipe, *_ in planned] == [False, True]
+    for recipe, mesh, options in planned:
+        assert mesh == "fsdp=1" and options["reduce_dtype"] is None
+        assert all(stage.rules[0] == ("head/head/kernel", P()) for stage in recipe.stages)
+
+
+def test_a_pattern_without_a_parameter(planned, refused, config_path):
+    said = refused(*arguments(config_path, "--shard", "haed/kernel=tensor"))
+    assert said.startswith("--shard pattern 'haed/kernel' matches no parameter") and not planned
