@@ -35,11 +35,13 @@ __all__ = [
     "costs",
     "mean_and_spread",
     "reuse",
+    "sampling_costs",
     "scaling_law",
     "seconds_an_image",
     "test_nats",
     "train_all",
     "trained",
+    "update_costs",
 ]
 
 
@@ -156,34 +158,54 @@ def _tokenizer_key(config) -> str:
 
 
 def costs(recipe: Recipe, params, *, batch: int = 16) -> dict:
-    """What sampling and an update cost, from the programs: GFLOP an image (`count_flops`) and MB of temporary memory.
+    """`sampling_costs` and `update_costs` of the stage "generator"."""
+    return sampling_costs(recipe, params, batch=batch) | update_costs(recipe, params, batch=batch)
+
+
+def sampling_costs(recipe: Recipe, params, *, batch: int = 16) -> dict:
+    """What an image costs, from the sampler's program: GFLOP (`count_flops`) and MB of temporary memory.
+
+    Both depend on shapes alone, and not on the parameters' values.
 
     Args:
-      recipe: with a stage "generator".
+      recipe: its `sample` is called with its own settings, which means with guidance where it has any.
       params: by stage.
-      batch: of the programs that are compiled for their memory; GFLOP are per image.
+      batch: of the program that is compiled for its memory; GFLOP are per image.
     """
     labels = np.arange(batch, dtype=np.int32) % recipe.config.num_classes
 
     def draw(params, key):
         return recipe.sample(params, key, labels)["images"]
 
-    stage = recipe.stage("generator")
-    frozen = {name: params[name] for name in stage.needs}
-    trained, state = jax.eval_shape(stage.init, jax.random.key(0), frozen)
-    images = next(iter(stage.data(0, 1)))
+    return _program_costs("sampling", batch, draw, params, jax.random.key(0))
+
+
+def update_costs(recipe: Recipe, params, *, stage: str = "generator", batch: int = 16) -> dict:
+    """What an image costs in an update, forward and backward pass; see `sampling_costs`.
+
+    Args:
+      recipe: whose stage is trained.
+      params: by stage.
+      stage: its name.
+      batch: see `sampling_costs`.
+    """
+    training = recipe.stage(stage)
+    frozen = {name: params[name] for name in training.needs}
+    trained, state = jax.eval_shape(training.init, jax.random.key(0), frozen)
+    images = next(iter(training.data(0, 1)))
     images = {name: np.resize(values, (batch, *values.shape[1:])) for name, values in images.items()}
 
     def update(trained, state, images, key, frozen):
-        return jax.grad(lambda p: stage.loss(p, state, images, key, 0, frozen)[0])(trained)
+        return jax.grad(lambda p: training.loss(p, state, images, key, 0, frozen)[0])(trained)
 
-    row = {}
-    given = {"sampling": (draw, (params, jax.random.key(0)))}
-    given["update"] = (update, (trained, state, images, jax.random.key(0), frozen))
-    for name, (fn, args) in given.items():
-        row[f"{name} GFLOP/image"] = round(count_flops(fn, *args) / batch / 1e9, 4)
-        row[f"{name} temporary MB, batch {batch}"] = compile_report(fn, *args)[1].get("temp_MB", "")
-    return row
+    return _program_costs("update", batch, update, trained, state, images, jax.random.key(0), frozen)
+
+
+def _program_costs(name: str, batch: int, fn: Callable, *args) -> dict:
+    return {
+        f"{name} GFLOP/image": count_flops(fn, *args) / batch / 1e9,
+        f"{name} temporary MB, batch {batch}": compile_report(fn, *args)[1].get("temp_MB", ""),
+    }
 
 
 def test_nats(recipe: Recipe, params: Mapping[str, Any]) -> float:

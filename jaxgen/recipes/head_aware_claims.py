@@ -13,7 +13,7 @@ from jaxgen import metrics
 from jaxgen.decoding import HeadPlan, Settings
 from jaxgen.generators import NextScaleSampler
 from jaxgen.recipe import modules
-from jaxgen.recipes.claims import Claim, add_times, mean_and_spread, train_all
+from jaxgen.recipes.claims import Claim, add_times, mean_and_spread, sampling_costs, train_all
 from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.head_aware import HeadAwareConfig, forced_logits
 from jaxgen.recipes.next_scale import sample_images
@@ -27,7 +27,7 @@ BATCH = 64
 def compare_budgets(
     config: HeadAwareConfig, *, keeps: Sequence[float], seeds: int, samples: int, log: Callable[[str], None]
 ) -> Claim:
-    """Cache bytes, agreement with the full cache, quality and seconds at several budgets.
+    """Cache bytes, agreement with the full cache, quality and costs at several budgets.
 
     Each training is sampled in all ways, without guidance and truncation, and judged by one classifier.
 
@@ -64,9 +64,9 @@ def compare_budgets(
             last[way] = sampled, params
     rows = []
     for way, values in measured.items():
-        row = dict(zip(("system", "share kept"), way)) | cache_columns(ways[way])
-        row |= {column: mean_and_spread([v[column] for v in values]) for column in values[0]}
-        rows.append(row)
+        row = dict(zip(("system", "share kept"), way)) | {"model calls": len(config.tokenizer.patch_nums)}
+        row |= cache_columns(ways[way]) | {column: mean_and_spread([v[column] for v in values]) for column in values[0]}
+        rows.append(row | sampling_costs(*last[way]))
     add_times(rows, [last[way] for way in measured], (1, BATCH))
     budgets = "; ".join(f"{keep:.0%}: {' and '.join(map(str, config.budgets(keep)))} positions" for keep in keeps)
     notes = (

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
-from jaxgen.benchmark import count_flops
 from jaxgen.decoding import SearchPlan
 from jaxgen.nn.classifier import Classifier
 from jaxgen.recipe import modules
-from jaxgen.recipes.claims import Claim, mean_and_spread, train_all, trained
+from jaxgen.recipes.claims import Claim, mean_and_spread, sampling_costs, seconds_an_image, train_all, trained
 from jaxgen.recipes.evaluation import measure_samples, sample_many
 from jaxgen.recipes.searched import SearchedConfig
 
@@ -96,19 +96,7 @@ def _measure(config, recipe, params, judge, plan, labels, seed, batch) -> dict:
 
 
 def _cost(recipe, params, plan: SearchPlan, order, batch: int) -> dict:
-    labels = np.arange(batch, dtype=np.int32) % recipe.config.num_classes
-
-    def draw(params, key):
-        return recipe.sample(params, key, labels, plan=plan)["images"]
-
-    seconds = []
-    for i in range(4):
-        start = time.perf_counter()
-        jax.block_until_ready(draw(params, jax.random.key(i)))
-        seconds.append(time.perf_counter() - start)
-    return {
-        "candidates": " ".join(map(str, plan.widths)),
-        "tokens an image": plan.tokens(order),
-        "GFLOP/image": round(count_flops(draw, params, jax.random.key(0)) / batch / 1e9, 4),
-        "ms/image": round(1e3 * float(np.median(seconds[1:])) / batch, 3),
-    }
+    searching = dataclasses.replace(recipe, sample=functools.partial(recipe.sample, plan=plan))
+    (seconds,) = seconds_an_image([(searching, params)], batch, repeats=3)
+    row = {"candidates": " ".join(map(str, plan.widths)), "model calls": order.steps, "tokens an image": plan.tokens(order)}
+    return row | sampling_costs(searching, params) | {"ms/image": round(1e3 * seconds, 3)}

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgen.benchmark import count_flops
 from jaxgen.nn.classifier import Classifier
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
@@ -50,6 +49,7 @@ def compare_refinements(
         for name, (system, weights) in trained.items():
             scores[name].append(_scores(system, weights, samples, seed))
     rows = [_row(name, *trained[name], scores[name]) for name in names]
+    claims.add_times(rows, [trained[name] for name in names])
     ours, theirs = (np.mean([score["Frechet"] for score in scores[name]]) for name in (names[2], names[0]))
     notes = f"{seeds} seeds; mean (spread). Refinement changes the distance of the pretrained model by {ours / theirs - 1:+.1%}"
     theirs = np.mean([score["Frechet"] for score in scores[names[1]]])
@@ -68,18 +68,9 @@ def _scores(recipe: Recipe, params: Mapping[str, Any], samples: int, seed: int) 
 
 
 def _row(name: str, recipe: Recipe, params: Mapping[str, Any], scores: list[dict]) -> dict:
-    row = {"model": name, "more updates": recipe.stage("refine").steps if "refine" in params else 0}
+    refined = "refine" in params
+    row = {"model": name, "more updates": recipe.stage("refine").steps if refined else 0}
+    row["model calls"] = recipe.config.build_generator().order.steps
     row |= {column: claims.mean_and_spread([score[column] for score in scores]) for column in scores[0]}
-    return row | {"update GFLOP/image": _gflops(recipe, params) if "refine" in params else ""}
-
-
-def _gflops(recipe: Recipe, params: Mapping[str, Any]) -> float:
-    """Of one update of the stage "refine", gradient included."""
-    stage = recipe.stage("refine")
-    frozen = {name: params[name] for name in stage.needs}
-    batch, key = next(iter(stage.data(0, 1))), jax.random.key(0)
-
-    def update(trained):
-        return jax.grad(lambda p: stage.loss(p, (), batch, key, 0, frozen)[0])(trained)
-
-    return round(count_flops(update, params["refine"]) / len(batch["label"]) / 1e9, 4)
+    row |= claims.sampling_costs(recipe, params)
+    return row | (claims.update_costs(recipe, params, stage="refine") if refined else {})

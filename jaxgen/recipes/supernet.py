@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxgen import config as config_lib
 from jaxgen.generators.supernet import SupernetTransformer
 from jaxgen.recipe import Recipe, Stage
-from jaxgen.recipes.claims import Claim, add_times, mean_and_spread, train_all
+from jaxgen.recipes.claims import Claim, add_times, mean_and_spread, sampling_costs, train_all
 from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.next_scale import ModelTrainConfig, NextScaleConfig, generator_stage, sample_images
@@ -134,7 +134,7 @@ def supernet_stage(config: SupernetConfig) -> Stage:
 def compare_depths(
     config: SupernetConfig, *, seeds: int, samples: int, fixed: float = 0.5, log: Callable[[str], None]
 ) -> Claim:
-    """Quality, seconds and cache bytes at each depth: VAR of equal size, the supernet, and the supernet at a fixed ratio.
+    """Quality and costs at each depth: VAR of equal size, the supernet, and the supernet at a fixed ratio.
 
     VAR gets the updates of both stages. All sample without guidance and truncation and are judged by one classifier.
 
@@ -169,12 +169,12 @@ def compare_depths(
                 measured.setdefault((name, depth), []).append(row)
     rows, timed = [], []
     for (name, depth), values in measured.items():
-        row = {"system": name, "late depth": depth}
+        row = {"system": name, "late depth": depth, "model calls": len(config.tokenizer.patch_nums)}
         row |= {column: mean_and_spread([v[column] for v in values]) for column in values[0]}
-        system = systems[name]
-        rows.append(row | generator_costs(system.at(depth % config.model.depth) if name != "S047 VAR" else system))
-        recipe, params = last[name]
+        system, (recipe, params) = systems[name], last[name]
+        row |= generator_costs(system.at(depth % config.model.depth) if name != "S047 VAR" else system)
         timed.append((_at(recipe, depth), params))
+        rows.append(row | sampling_costs(*timed[-1]))
     add_times(rows, timed)
     notes = (
         f"{seeds} seeds; mean (spread). The first {config.bridge} of {len(config.tokenizer.patch_nums)} scales pass all "

@@ -189,6 +189,11 @@ def test_the_claim_compares_caches_of_one_generator(config, params, monkeypatch)
     def evaluate(recipe, params, key, **kwargs):
         return {"generation": {"class_accuracy": 0.5, "frechet": 1.0}}, None
 
+    def sampling_costs(recipe, params):
+        return {"sampling GFLOP/image": cache_columns(recipe.sample.args[0])["kept KB"], "sampling temporary MB, batch 16": 2.5}
+
+    cache_columns = head_aware_claims.cache_columns
+    monkeypatch.setattr(head_aware_claims, "sampling_costs", sampling_costs)
     monkeypatch.setattr(head_aware_claims, "train_all", train_all)
     monkeypatch.setattr(head_aware_claims, "evaluate_images", evaluate)
     monkeypatch.setattr(claims, "seconds_an_image", lambda systems, batch: [1e-3] * len(systems))
@@ -207,7 +212,10 @@ def test_the_claim_compares_caches_of_one_generator(config, params, monkeypatch)
     assert [row["same"] for row in claim.rows] == ["1 (0)"] + ["0 (0)"] * 6
     kept = [row["kept KB"] for row in claim.rows]
     assert kept[0] > kept[1] == kept[2] == kept[3] > kept[4] == kept[5] == kept[6]
-    assert {row["ms/image, batch 1"] for row in claim.rows} == {1.0}
+    assert [row["sampling GFLOP/image"] for row in claim.rows] == kept  # each row's own sampler is counted
+    same = {"model calls": 3, "class accuracy": "0.5 (0)", "Frechet": "1 (0)", "sampling temporary MB, batch 16": 2.5}
+    same |= {"ms/image, batch 1": 1.0, "ms/image, batch 64": 1.0}
+    assert all(row.items() >= same.items() for row in claim.rows)
     assert "40%: 3 and 1 positions; 20%: 1 and 1 positions" in claim.notes
     with pytest.raises(ValueError, match="seeds=0"):
         head_aware_claims.compare_budgets(config, keeps=(0.5,), seeds=0, samples=10, log=print)

@@ -1,7 +1,6 @@
 """S086 TTS-VAR on the library's own generator: rewards, sampler, configuration, claim."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -221,9 +220,11 @@ def test_what_the_claims_table_holds(monkeypatch):
     config, judged = tts_var.get_config("smoke").config, []
 
     def sample(params, key, labels, *, plan, **settings):
-        return {"images": jnp.full((len(labels), 8, 8, 1), plan.widths[0] / 10 + params["generator"]["generator"] / 100)}
+        work = jnp.zeros((len(labels), 1000)) @ jnp.zeros((1000, 50 * plan.widths[0]))  # 10^5 operations a candidate
+        value = plan.widths[0] / 10 + params["generator"]["generator"] / 100 + work.sum()
+        return {"images": jnp.full((len(labels), 8, 8, 1), value)}
 
-    recipe = types.SimpleNamespace(sample=sample, config=config)
+    recipe = dataclasses.replace(config.recipe(), sample=sample)
 
     def trained(config, seed, log):
         return recipe, {name: {name: jnp.float32(seed)} for name in ("tokenizer", "generator", "classifier")}
@@ -247,7 +248,9 @@ def test_what_the_claims_table_holds(monkeypatch):
     assert (one["search"], one["candidates"], one["tokens an image"]) == ("one", "1 1 1 1", 30)
     assert (search["candidates"], search["tokens an image"]) == ("4 2 1 1", 4 + 16 + 18 + 16)
     assert one["reward"] == one["Frechet"] == "0.105 (0.01)" and search["reward"] == "0.405 (0.01)"
-    assert one["ms/image"] >= 0 and one["GFLOP/image"] == 0
+    assert (one["sampling GFLOP/image"], search["sampling GFLOP/image"]) == pytest.approx((1e-4, 4e-4))
+    assert all(row["model calls"] == 4 and row["ms/image"] > 0 for row in table.rows)
+    assert all(row["sampling temporary MB, batch 16"] >= 0 for row in table.rows)
     with pytest.raises(ValueError, match="seeds=0: expected at least 1"):
         searched_claims.compare_searches(config, plans, title="t", seeds=0, samples=20, log=print)
 

@@ -84,6 +84,7 @@ def test_the_claim_trains_once_and_samples_in_several_counts(monkeypatch):
     monkeypatch.setattr(claims, "train_all", train_all)
     monkeypatch.setattr(staged_flow, "evaluate_images", evaluate)
     monkeypatch.setattr(claims, "seconds_an_image", lambda systems, batch: [0.001 * r.config.sampler.steps for r, _ in systems])
+    monkeypatch.setattr(claims, "compile_report", lambda fn, *args: (None, {"temp_MB": 1.5}))
     (claim,) = ECAR.claim("small", seeds=2, edits=["model_train.steps=77"], log=lambda line: None)
     assert [(type(config).__name__, seed, given) for config, seed, given in trained] == [
         ("StagedFlowConfig", 0, []),
@@ -98,6 +99,7 @@ def test_the_claim_trains_once_and_samples_in_several_counts(monkeypatch):
     assert [row["stages"] for row in claim.rows] == [2] * 3 + [1] * 4
     assert claim.rows[0]["parameters M"] / claim.rows[-1]["parameters M"] == pytest.approx(1, abs=0.1)
     assert (claim.rows[0]["Frechet"], claim.rows[0]["ms/image, batch 1"]) == ("3 (0)", 2.0)
+    assert {row["sampling temporary MB, batch 16"] for row in claim.rows} == {1.5}
     flops = [row["sampling GFLOP/image"] for row in claim.rows]
     # Twice the steps are twice the calls of the baseline's transformer; the system's runs once a stage, however many.
     assert flops[4] / flops[3] == pytest.approx(2, rel=0.15) and flops[1] / flops[0] < 1.95

@@ -13,7 +13,7 @@ from configs import sar
 from jaxgen import config as config_lib
 from jaxgen.data import digits, pixels
 from jaxgen.recipe import modules
-from jaxgen.recipes import student_forcing_claims
+from jaxgen.recipes import claims, student_forcing_claims
 from jaxgen.recipes.student_forcing import RefineConfig
 
 SIZES = ("tokenizer.ch=4", "tokenizer.groups=2", "model.width=16", "model.depth=1")
@@ -186,6 +186,42 @@ def test_the_claim_measures_var_and_flexvar(monkeypatch):
         sar.claim("huge")
     with pytest.raises(ValueError, match="variant 'd17'"):
         sar.get_config("d17")
+
+
+def test_what_the_claims_table_holds(monkeypatch):
+    """One pretrained model a seed, whose weights both ways of training on start from; training and measuring are stubs."""
+    config, calls = sar.build("smoke"), []
+
+    def train_all(config, seed, given, log):
+        calls.append((seed, config.refine.weight > 0, sorted(given)))
+        params = {name: seed for name in ("tokenizer", "generator", "classifier")}
+        return config.recipe(), params | {"refine": "refined" if config.refine.weight else "plain"}, {}
+
+    def scores(recipe, params, samples, seed):
+        return {"class accuracy": 0.5, "Frechet": {"refined": 2.0, "plain": 4.0}.get(params.get("refine"), 8.0) + seed}
+
+    def seconds(systems, batch):
+        return [1.0 / batch] * len(systems)
+
+    def update_costs(recipe, params, *, stage):
+        return {"update": (stage, recipe.config.refine.weight > 0)}
+
+    monkeypatch.setattr(claims, "train_all", train_all)
+    monkeypatch.setattr(claims, "seconds_an_image", seconds)
+    monkeypatch.setattr(claims, "sampling_costs", lambda recipe, params: {"sampling": params.get("refine", "pretrained")})
+    monkeypatch.setattr(claims, "update_costs", update_costs)
+    monkeypatch.setattr(student_forcing_claims, "_scores", scores)
+    claim = student_forcing_claims.compare_refinements(config, title="T", seeds=2, samples=10, log=lambda line: None)
+    given = [[], ["classifier", "generator", "tokenizer"], ["classifier", "tokenizer"], ["classifier", "generator", "tokenizer"]]
+    assert calls == list(zip((0, 0, 1, 1), (True, False) * 2, given))
+    common = {"model calls": 3, "class accuracy": "0.5 (0)", "ms/image, batch 1": 1000.0, "ms/image, batch 64": 15.625}
+    assert all(row.items() >= common.items() for row in claim.rows)
+    assert [row["Frechet"] for row in claim.rows] == ["8.5 (1)", "4.5 (1)", "2.5 (1)"]
+    assert [row["more updates"] for row in claim.rows] == [0, 6, 6]
+    assert [row["sampling"] for row in claim.rows] == ["pretrained", "plain", "refined"]
+    assert [row.get("update") for row in claim.rows] == [None, ("refine", False), ("refine", True)]
+    with pytest.raises(ValueError, match="seeds=0: expected at least 1"):
+        student_forcing_claims.compare_refinements(config, title="T", seeds=0, samples=10, log=print)
 
 
 # Whole runs: that the stages of pretraining and refinement hand their weights on is seen in no smaller one.

@@ -155,10 +155,14 @@ def test_the_claim_compares_depths(config, monkeypatch):
         stages = {name: {} for name in ("tokenizer", "generator", "classifier")}
         return system.recipe(), stages | ({"supernet": {}} if isinstance(system, SupernetConfig) else {}), {}
 
-    monkeypatch.setattr(supernet, "train_all", train_all)
     def measure(recipe, params, depth, seed, samples):
         return {"class accuracy": 0.1 * (depth + seed)}
 
+    def sampling_costs(recipe, params):
+        return {"sampling GFLOP/image": getattr(recipe.sample, "keywords", {}).get("depth", "all")}
+
+    monkeypatch.setattr(supernet, "train_all", train_all)
+    monkeypatch.setattr(supernet, "sampling_costs", sampling_costs)
     monkeypatch.setattr(supernet, "_measure", measure)
     monkeypatch.setattr(claims, "seconds_an_image", lambda systems, batch: [1.0 / batch] * len(systems))
     claim = supernet.compare_depths(config, seeds=2, samples=10, log=lambda line: None)
@@ -172,6 +176,8 @@ def test_the_claim_compares_depths(config, monkeypatch):
     full, two = "0.35 (0.1)", "0.25 (0.1)"
     want = [("S047 VAR", 3, full)]
     assert table == want + [(name, d, q) for name in ("S090 VARiant", "fixed ratio 0.5") for d, q in ((3, full), (2, two))]
+    assert [row["sampling GFLOP/image"] for row in claim.rows] == ["all", 3, 2, 3, 2]
+    assert {row["model calls"] for row in claim.rows} == {3} and {row["ms/image, batch 64"] for row in claim.rows} == {15.625}
     costs = [row["cache MB an image"] for row in claim.rows]
     assert costs[0] == costs[1] == costs[3] > costs[2] == costs[4]
 

@@ -2,6 +2,7 @@ import importlib.metadata
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,23 @@ def test_the_claim_of_s047_is_found(monkeypatch, succeeds, refused, tmp_path):
     assert "unknown key 'colour'" in refused("claim", "S047", "--budget", "smoke", "--results", results, *edit)
     assert "budget 'huge' is not one of smoke, small" in refused("claim", "S047", "--budget", "huge", "--results", results)
     assert results.read_text() == text
+
+
+RESULTS = Path(__file__).parents[2] / "scripts" / "claims" / "RESULTS.md"
+NEXT_SCALE = "S064 S011 S085 S080 S007 S010 S014 S093 S048 S008 S090".split()
+MEASURES = ("Frechet", "model calls|steps a stage", "ms/image", "sampling temporary MB", "sampling GFLOP/image")
+
+
+@pytest.mark.parametrize("system", NEXT_SCALE)
+def test_results_of_next_scale_systems_hold_every_measure(system):
+    """Quality, steps, seconds, memory and operations, in every row of the claim's first table on the page."""
+    section = re.search(rf"^## {system} .*?(?=^## |\Z)", RESULTS.read_text(), re.MULTILINE | re.DOTALL).group()
+    table = re.search(r"(^\|.*\n)+", section, re.MULTILINE).group()
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert rows and all(len(row) == len(head) for row in rows)
+    for measure in MEASURES:
+        columns = [i for i, name in enumerate(head) if re.match(measure, name)]
+        assert columns and all(row[i] for row in rows for i in columns), measure
 
 
 TINY = (
