@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxgen import masks
 from jaxgen.decoding import HybridCache, KVCache, Out, RecurrentCache, View
 from jaxgen.nn.llama import LlamaBlock
+from jaxgen.nn.placement import place_rows
 from jaxgen.nn.recurrent import RecurrentState
 from jaxgen.nn.ssm import Mamba2
 from jaxgen.orders import raster
@@ -66,13 +67,13 @@ class StateSpaceModel(nn.Module):
     def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l v"]:
         """Float32 logits; position i sees tokens <= i."""
         length = tokens.shape[1]
-        x, pos, mask = self.embed(tokens).astype(self.dtype), jnp.arange(length), masks.block_causal(raster(length))
+        x, pos, mask = place_rows(self.embed(tokens).astype(self.dtype)), jnp.arange(length), masks.block_causal(raster(length))
         norms = iter(self.norms)
         for i, block in enumerate(self.blocks):
             if self._attends(i):
                 x = block((x, None), 0, pos, mask)[0][0]
             else:
-                x = x + block(next(norms)(x).astype(self.dtype))[0].astype(x.dtype)
+                x = place_rows(x + block(next(norms)(x).astype(self.dtype))[0].astype(x.dtype))
         return self._logits(x)
 
     def _logits(self, x):
