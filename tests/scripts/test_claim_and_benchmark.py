@@ -78,7 +78,7 @@ def test_the_claim_of_s047_is_found(monkeypatch, succeeds, refused, tmp_path):
 
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "claims" / "RESULTS.md"
-NEXT_SCALE = "S064 S011 S085 S080 S007 S010 S014 S093 S048 S008 S090".split()
+NEXT_SCALE = "S064 S011 S085 S080 S007 S010 S014 S093 S048 S008 S090 S165 S086".split()
 MEASURES = ("Frechet", "model calls|steps a stage", "ms/image", "sampling temporary MB", "sampling GFLOP/image")
 
 
