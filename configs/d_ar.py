@@ -70,7 +70,7 @@ def build(variant: str) -> DiffusionTokensConfig:
             decoder_patch=2,
         ),
         tokenizer_train=DiffusionTokenizerTrainConfig(
-            steps=10 if smoke else 800,
+            steps=10 if smoke else 1500,
             batch_size=16 if smoke else 64,
             ema=0.98,
             perceptual_weight=0.0,

@@ -138,9 +138,9 @@ class DiffusionTokenizer(nn.Module):
         vit = dict(heads=self.heads, scan_layers=self.scan_layers, dtype=self.dtype)
         size = (self.patch, self.patch)
         self.patches = nn.Conv(self.hidden, size, strides=size, padding="VALID", dtype=self.dtype)
-        # Of low rank, as published.
+        # Of low rank, as published; as large as the patches, or all of them would become one code.
         self.queries = self.param("queries", nn.initializers.normal(1.0), (self.length, 8))
-        self.query_dense = nn.Dense(self.hidden, kernel_init=init)
+        self.query_dense = nn.Dense(self.hidden)
         self.encoder = ViT(depth=self.encoder_depth, **vit)
         self.to_codes = nn.Dense(self.width, use_bias=False)
         self.quantizer = SphericalQuantizer(self.vocab, self.width, self.beta, self.codebook_init)

@@ -33,7 +33,7 @@ class TokenSteeredBlock(nn.Module):
     def __call__(self, x: Float[Array, "b l d"], vectors: Float[Array, "b n d"], t: Float[Array, "b"], coords):
         """(x, None), the form that a scan wants."""
         width = x.shape[-1]
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.xavier_uniform()
         dense = dict(kernel_init=init, dtype=self.dtype)
         read = nn.Dense(width, **dense, name="vectors_fc1")(vectors.astype(self.dtype))
         read = layer_norm(nn.Dense(width, **dense, name="vectors_fc2")(nn.silu(read))).astype(self.dtype)
@@ -81,7 +81,7 @@ class DiffusionDecoder(nn.Module):
     ) -> Float[Array, "b H W C"]:
         """The velocity; `t` in [0, 1] is how far the picture has come, 1 is done."""
         rows, columns, channels = x.shape[1] // self.patch, x.shape[2] // self.patch, x.shape[3]
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.xavier_uniform()
         h = einops.rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
         h = nn.Dense(self.width, dtype=self.dtype, name="patches")(h.astype(self.dtype))
         vectors = layer_norm(nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="vectors")(vectors.astype(self.dtype)))
