@@ -47,15 +47,15 @@ class ClipConfig:
         for name, least in (("frames", 1), ("every", 1), ("height", 0), ("width", 0), ("seed", 0), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}: expected at least {least}")
-        if (self.height == 0) != (self.width == 0):
-            raise ValueError(f"data.height={self.height}, data.width={self.width}: expected both or none")
 
     def source(self, split: str) -> ClipSource:
         """The clips of a split.
 
         Raises:
-          ValueError: see `clips` and `moving_digits`.
+          ValueError: one of height and width, or see `clips` and `moving_digits`.
         """
+        if (self.height == 0) != (self.width == 0):
+            raise ValueError(f"data.height={self.height}, data.width={self.width}: expected both or none")
         if self.path == STILL:
             return moving_digits(split, frames=self.frames, every=self.every, height=self.height or 16, width=self.width or 32)
         if not os.path.exists(self.path):

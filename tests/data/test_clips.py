@@ -67,7 +67,7 @@ def test_bad_fields(edit):
 
 def test_bad_films(path, tmp_path):
     with pytest.raises(ValueError, match="data.height=16, data.width=0: expected both or none"):
-        ClipConfig(height=16)
+        ClipConfig(height=16).source("train")
     with pytest.raises(ValueError, match="data.path='gone.npz': no such file"):
         ClipConfig(path="gone.npz").source("train")
     with pytest.raises(ValueError, match="no shot of the test split has 9 frames"):
