@@ -183,7 +183,7 @@ def test_llamas_there_and_back_again(shared, succeeds, refused, tmp_path):
     line = refused(*importing, "--workdir", tmp_path / "no", "--patch_nums", "4,8", *pair)
     assert line == "--patch_nums 4,8: models of layout llamagen have one grid"
     out = succeeds(*importing, "--workdir", tmp_path / "run", "--num_heads", "4", *pair)
-    assert out == f"{tmp_path}/run: depth 3, scales (8,), 5 classes\n"
+    assert out == f"{tmp_path}/run: depth 2, scales (8,), 5 classes\n"
     recipe, params = cli.open_workdir(tmp_path / "run")
     reference = dict(np.load(fixtures / "c2i.npz"))
     # A recipe's guidance is counted from 0, the authors' from 1.
