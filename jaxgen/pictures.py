@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 
 from jaxgen import storage
 
-__all__ = ["grid", "rows", "save_png"]
+__all__ = ["grid", "rows", "save_gif", "save_png"]
 
 _BACKGROUND = 255
 
@@ -150,3 +150,28 @@ def save_png(path: str | os.PathLike, picture: UInt8[np.ndarray, "h w C"]) -> No
         raise ValueError(f"picture of shape {picture.shape} and dtype {picture.dtype}: expected uint8 [h, w, 1 or 3]")
     with storage.whole(storage.place(path)) as temporary:
         Image.fromarray(picture[:, :, 0] if picture.shape[-1] == 1 else picture).save(temporary, format="PNG")
+
+
+def save_gif(path: str | os.PathLike, pictures: UInt8[np.ndarray, "f h w c"], *, seconds: float = 0.2) -> None:
+    """Writes an animation that goes on for ever and is never seen half-written.
+
+    Args:
+      path: as in `save_png`.
+      pictures: uint8, C = 1 or 3.
+      seconds: that each is shown.
+
+    Raises:
+      ValueError: another dtype or shape, or no time.
+      OSError: see `save_png`.
+    """
+    from PIL import Image
+
+    pictures = np.asarray(pictures)
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] not in (1, 3) or not len(pictures):
+        raise ValueError(f"pictures of shape {pictures.shape} and dtype {pictures.dtype}: expected uint8 [f, h, w, 1 or 3]")
+    if not seconds >= 0.01:
+        raise ValueError(f"seconds={seconds}: a GIF counts in hundredths")
+    first, *others = (Image.fromarray(picture[:, :, 0] if picture.shape[-1] == 1 else picture) for picture in pictures)
+    with storage.whole(storage.place(path)) as temporary:
+        options = dict(save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
+        first.save(temporary, format="GIF", **options)

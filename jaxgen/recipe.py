@@ -70,9 +70,9 @@ class Recipe:
         `resolve() -> config`, which fills what only the data can tell (the number of classes).
       stages: trained in this order.
       sample: `(params, key, labels, **options) -> dict` of arrays, where `params` maps stage names to parameters; at least
-        `"images"` [b, H, W, C] in [-1, 1] for image systems; text systems take prompts in place of labels and return bytes,
-        `"tokens"` [b, s], and their `"length"` [b]. Compiled once for a batch size.
-      modality: "image" or "text".
+        `"images"` [b, H, W, C] in [-1, 1] for image systems, `"clips"` [b, f, H, W, C] for those of video; text systems take
+        prompts in place of labels and return bytes, `"tokens"` [b, s], and their `"length"` [b]. Compiled once for a batch size.
+      modality: "image", "video" or "text".
       write: `(folder, tokens) -> paths`, of systems whose samples are files: writes each row of the sampler's output "tokens".
     """
 

@@ -1,9 +1,10 @@
-"""Samples from a work directory: images into one picture, a row a label; an edited image; or text that continues prompts.
+"""Samples from a work directory: images or clips into one picture; an edited image; or text that continues prompts.
 
 python scripts/sample.py --workdir runs/mnist --labels 0,1,2 --num 8 --cfg 1.5 --top_p 0.96 --out grid.png
 python scripts/sample.py --workdir runs/mnist --labels 3 --num 4 --image in.png --box 0.25,0.25,0.75,0.75 --out edited.png
 python scripts/sample.py --workdir runs/flex --labels 0,1 --option "patch_nums=(1,2,(3,4),(4,6))" --out wide.png
 python scripts/sample.py --workdir runs/jpeg --labels 0,1 --out grid.png --files samples/
+python scripts/sample.py --workdir runs/avc --labels 0,1 --num 4 --out clips.gif --files samples/    # or a .png, a row a clip
 python scripts/sample.py --workdir runs/text --prompt "To be, or" --num 3 --length 200 --out text.txt
 """
 
@@ -26,7 +27,7 @@ from jaxgen.recipes.sampling import sample_batch
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--labels", help="class ids, such as 0,1,2 (images)")
+    parser.add_argument("--labels", help="class ids, such as 0,1,2 (images and clips)")
     parser.add_argument("--prompt", action="append", help="the text to continue; may be given several times (text)")
     parser.add_argument("--length", type=int, default=200, help="bytes of prompt and continuation (text)")
     parser.add_argument("--num", type=int, default=8, help="samples a label or prompt")
@@ -50,18 +51,19 @@ def main():
     parser.add_argument("--box", help="top,left,bottom,right as shares of the picture; 0.25,0.25,0.75,0.75 if left out")
     parser.add_argument("--outpaint", action="store_true", help="keep the box and make the rest, instead of the reverse")
     cli.add_device_flags(parser)
-    parser.add_argument("--out", required=True, help="a .png for the picture, a .txt for text")
-    parser.add_argument("--files", metavar="DIR", help="also writes each sample as the file that the system made (JPEG-LM)")
-    parser.add_argument("--npz", help="also saves images [n, H, W, C] uint8 and labels [n]")
+    parser.add_argument("--out", required=True, help="a .png for the picture, a .gif for clips that move, a .txt for text")
+    parser.add_argument("--files", metavar="DIR", help="also writes each sample as the file that it is (JPEG-LM, AVC-LM)")
+    parser.add_argument("--npz", help="also saves images [n, H, W, C] or clips [n, f, H, W, C], uint8, and labels [n]")
     args = parser.parse_args()
     if args.num < 1:
         raise ValueError(f"--num {args.num}: must be at least 1")
     text = args.prompt is not None
     if text == (args.labels is not None):
         raise ValueError("either --labels (images) or --prompt (text) has to be given")
-    for flag, path, suffix in (("--out", args.out, ".txt" if text else ".png"), ("--npz", args.npz, ".npz")):
-        if path and not path.endswith(suffix):
-            raise ValueError(f"{flag} {path}: the name has to end in {suffix}")
+    wanted = (".txt",) if text else (".png", ".gif")
+    for flag, path, suffixes in (("--out", args.out, wanted), ("--npz", args.npz, (".npz",))):
+        if path and not path.endswith(suffixes):
+            raise ValueError(f"{flag} {path}: the name has to end in {' or '.join(suffixes)}")
     if (args.box or args.outpaint) and not args.image:
         raise ValueError("--box and --outpaint edit a picture: --image is missing")
     step = int(args.step) if args.step and args.step.isdigit() else args.step
@@ -69,6 +71,11 @@ def main():
     recipe, params = cli.open_workdir(args.workdir, step=step, mesh=mesh)
     if (recipe.modality == "text") != text:
         raise ValueError(f"--workdir {args.workdir}: makes {recipe.modality}; give {'--prompt' if not text else '--labels'}")
+    video = recipe.modality == "video"
+    if not video and args.out.endswith(".gif"):
+        raise ValueError(f"--out {args.out}: {args.workdir} makes {recipe.modality}, which does not move; expected a .png")
+    if video and args.image:
+        raise ValueError(f"--image {args.image}: {args.workdir} makes clips, which are not edited")
     try:
         (sample_text if text else sample_images)(args, recipe, params, mesh)
     except TypeError as error:
@@ -93,7 +100,7 @@ def options(given: list[str]) -> dict:
 
 
 def sample_images(args, recipe, params, mesh):
-    """A row of pictures a label."""
+    """A row of pictures a label; of clips a row of frames each, or rows that move."""
     labels = np.repeat(cli.comma_separated(args.labels, "--labels"), args.num)
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature) | options(args.option)
     batch = min(args.batch_size, len(labels))
@@ -103,23 +110,34 @@ def sample_images(args, recipe, params, mesh):
         settings["keep"] = box_mask(box, outpaint=args.outpaint)
     if args.files and recipe.write is None:
         raise ValueError(f"--files {args.files}: the samples of {args.workdir} are pictures, not files")
-    names = ("images", "tokens") if args.files else ("images",)
+    shows = "clips" if recipe.modality == "video" else "images"
+    names = (shows, "tokens", "valid") if recipe.write else (shows,)
     key = jax.random.key(args.seed)
     out = sample_outputs(recipe, params, key, labels, names=names, batch_size=batch, mesh=mesh, **settings)
-    images = out["images"]
+    images = out[shows]
     if jax.process_index():
         return
     if args.files:
         paths = recipe.write(args.files, out["tokens"])
         broken = [path.name for path in paths if path.suffix == ".bin"]
         print(f"{args.files}: {len(paths)} files" + (f", {len(broken)} of them not valid, such as {broken[0]}" if broken else ""))
-    picture = pictures.grid(images, args.num, scale=args.scale)
     with cli.output_file("--out", args.out) as path:
-        pictures.save_png(path, picture)
+        save_picture(path, args, images)
     if args.npz:
         with cli.output_file("--npz", args.npz) as path:
-            np.savez_compressed(path, images=to_uint8(images), labels=labels)
-    print(f"{args.out}: {len(images)} samples")
+            np.savez_compressed(path, **{shows: to_uint8(images)}, labels=labels)
+    print(f"{args.out}: {len(images)} samples" + (f", {int(out['valid'].sum())} of them valid files" if "valid" in out else ""))
+
+
+def save_picture(path, args, images):
+    """All samples in one file."""
+    if images.ndim == 4:
+        return pictures.save_png(path, pictures.grid(images, args.num, scale=args.scale))
+    if args.out.endswith(".png"):
+        frames = images.reshape(-1, *images.shape[2:])
+        return pictures.save_png(path, pictures.grid(frames, images.shape[1], scale=args.scale))
+    moments = [pictures.grid(images[:, i], args.num, scale=args.scale) for i in range(images.shape[1])]
+    pictures.save_gif(path, np.stack(moments))
 
 
 def sample_text(args, recipe, params, mesh):

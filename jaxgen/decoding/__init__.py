@@ -13,6 +13,7 @@ from jaxgen.decoding.feature_drafts import BeamDrafts, BlockDrafts, designed_tre
 from jaxgen.decoding.grammar import Automaton, constrain
 from jaxgen.decoding.groups import Groups, sample_groups
 from jaxgen.decoding.guidance import Guided, GuidedCache, cosine_ramp, guide, scale_ramp
+from jaxgen.decoding.h264 import H264Grammar
 from jaxgen.decoding.head_aware import HeadPlan, attention_variance, classify_heads, replay, split_budget
 from jaxgen.decoding.head_aware_cache import HeadAwareCache
 from jaxgen.decoding.hierarchical import Hierarchical, Reread, Retrieved
@@ -104,6 +105,7 @@ __all__ = [
     "Hindsight",
     "HybridCache",
     "Jacobi",
+    "H264Grammar",
     "JpegGrammar",
     "KSeq",
     "KVCache",

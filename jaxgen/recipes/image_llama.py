@@ -7,15 +7,19 @@ import dataclasses
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxgen import config as config_lib
+from jaxgen.data import DataConfig
 from jaxgen.generators import ImageLlama
 from jaxgen.recipe import Recipe
 from jaxgen.recipes import language
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.flexible_scales import FlexibleTokenizerConfig
+from jaxgen.recipes.next_scale import ModelTrainConfig
 from jaxgen.recipes.next_token import NextTokenConfig, check_one_scale
+from jaxgen.recipes.tokenizer import TokenizerTrainConfig
 from jaxgen.tokenizers import FlexibleTokenizer
 
-__all__ = ["ImageLlamaConfig", "ImageLlamaModelConfig", "RULES"]
+__all__ = ["ImageLlamaConfig", "ImageLlamaModelConfig", "RULES", "config_of"]
 
 # Classes are one more than a number that devices divide.
 RULES = ((r"class_embed", P()), *language.RULES, (r"(heads_before_\d+|join)/kernel", P("fsdp", "tensor")))
@@ -75,3 +79,32 @@ class ImageLlamaConfig(NextTokenConfig):
         base = super().recipe()
         stages = (dataclasses.replace(stage, rules=RULES) if stage.name == "generator" else stage for stage in base.stages)
         return dataclasses.replace(base, stages=tuple(stages))
+
+
+def config_of(
+    generator: ImageLlama, tokenizer: FlexibleTokenizer, cls: type[ImageLlamaConfig] = ImageLlamaConfig
+) -> ImageLlamaConfig:
+    """The configuration of modules that exist already, with nothing left to train.
+
+    Args:
+      generator: of the class that `cls` builds.
+      tokenizer: of its grid.
+      cls: `ImageLlamaConfig`, or one whose model has fields of its own.
+
+    Raises:
+      ValueError: a model of captions, which no recipe is of.
+    """
+    if not generator.num_classes:
+        raise ValueError(f"caption_width={generator.caption_width}: there is no recipe of models of captions, only of classes")
+
+    def fields(config, module):
+        return type(config)(**config_lib.fields_of(module, type(config)) | dict(dtype=jnp.dtype(module.dtype).name))
+
+    default = cls()
+    return cls(
+        data=DataConfig(image_size=tokenizer.image_size[0], channels=tokenizer.channels),
+        tokenizer=fields(default.tokenizer, tokenizer),
+        tokenizer_train=TokenizerTrainConfig(steps=0, adversarial_weight=0.0),
+        model=fields(default.model, generator),
+        model_train=ModelTrainConfig(steps=0),
+    )

@@ -8,15 +8,16 @@ import io
 import re
 
 import numpy as np
-from jaxtyping import Int, UInt8
-
-from jaxgen.decoding.grammar import FORBIDDEN
+from jaxtyping import UInt8
 
 __all__ = ["H264Codec"]
 
 START = b"\0\0\1"
-PARAMETERS, EXTRA = (7, 8), 6  # kinds of units: what all streams share, and what says nothing of the pixels
-END = 256
+# Kinds of units: what all streams share, what says nothing of the pixels, and pictures of their own.
+PARAMETERS, EXTRA, INTRA = (7, 8), 6, 5
+# Brightness and colours of red, green and blue (ITU-R BT.601): of 8 bits, 16 to 235 and 16 to 240.
+COLOURS = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+RANGES = np.array([219, 224, 224]) / 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,15 @@ class H264Codec:
     """Clips <-> H.264 streams of a baseline profile, constant quantiser, one intra frame and the rest predicted from the frame
     before (AVC-LM: Han et al. 2024, arXiv:2408.08459, section 3).
 
-    `encode`'s bytes begin behind the parameter sets, which all clips share. The paper's clips are 15 frames of 144 x 256.
+    `encode`'s bytes begin behind the parameter sets, which all clips share. The paper's clips are 15 frames of 144 x 256. What is
+    between the pixels and the codec, colours of a quarter of the size, is worked out here and not by the library, whose versions
+    differ.
 
     Attributes:
       frames: of a clip.
       height, width: even numbers.
       quantiser: QP, 0 to 51.
+      restart: macroblocks of 16 x 16 pixels in a slice, of which none needs another to be read; 0: a frame is one slice.
 
     Raises:
       ValueError: a field out of range, or PyAV is not installed.
@@ -44,6 +48,7 @@ class H264Codec:
     height: int = 144
     width: int = 256
     quantiser: int = 37
+    restart: int = 0
 
     suffix = "h264"  # a fact of the class, not a field
 
@@ -53,6 +58,7 @@ class H264Codec:
             ("height", self.height >= 2 and self.height % 2 == 0, "an even number"),
             ("width", self.width >= 2 and self.width % 2 == 0, "an even number"),
             ("quantiser", 0 <= self.quantiser <= 51, "0 to 51"),
+            ("restart", self.restart >= 0, "at least 0"),
         ):
             if not ok:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
@@ -101,32 +107,48 @@ class H264Codec:
         shapes = {(frame.height, frame.width) for frame in frames}
         if len(frames) != self.frames or shapes != {(self.height, self.width)} or any(frame.is_corrupt for frame in frames):
             raise ValueError(f"a stream of {len(data)} bytes with {len(frames)} frames: expected {self.frames} whole ones")
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+        return np.stack([_colours(frame.to_ndarray()) for frame in frames])
 
     @functools.cached_property
-    def table(self) -> Int[np.ndarray, "n 257"]:
-        """The automaton of units for `jaxgen.decoding.constrain` (ITU-T H.264, annex B): as many as frames, each with its own
-        first byte, start codes between them and none inside, and `END` behind the last.
+    def headers(self) -> tuple[bytes, ...]:
+        """The whole bytes that all streams' units begin with: the kind of each and its slice's header (ITU-T H.264, 7.3.3)."""
+        units = _units(self._save(np.zeros(self.shape, np.uint8)))
+        sequence, picture = (next(_Bits(unit) for unit in units if unit[0] & 31 == kind) for kind in PARAMETERS)
+        sequence.skip(32)  # its kind, profile and level
+        _, counter = sequence.number(), 4 + sequence.number()
+        if sequence.number() != 2:
+            raise ValueError("pictures that are shown in another order than they are coded: not a baseline stream")
+        picture.skip(8)
+        picture.numbers(2)
+        picture.skip(2)
+        picture.numbers(3)
+        picture.skip(3)
+        picture.numbers(3)
+        deblocking = picture.take(1)
+        found = []
+        for unit in (unit for unit in units if unit[0] & 31 not in (*PARAMETERS, EXTRA)):
+            bits = _Bits(unit)
+            intra = bits.take(8) & 31 == INTRA
+            bits.numbers(3)  # its first macroblock, its kind, the parameters
+            bits.skip(counter)
+            if intra:
+                bits.number()
+            bits.skip(2 if intra else 3)  # nothing about references but the defaults
+            bits.number()  # of the quantiser
+            if deblocking and bits.number() != 1:
+                bits.numbers(2)
+            found.append(unit[: bits.at // 8].rstrip(b"\0"))
+        return tuple(found)
 
-        The bits inside of a unit are not checked: what they mean depends on all that was decoded before.
-        """
-        first = [unit[0] for unit in _units(self.prologue[:-4] + b"\0" + START + self.encode(np.zeros(self.shape, np.uint8)))]
-        first = [byte for byte in first if byte & 31 not in PARAMETERS]
-        # Of each unit: its first byte is due, it is due a byte, and 0, 1, 2 zeros were the last; or 3 came behind two of them.
-        due, empty, zeros, escaped, each = 0, 1, 2, 5, 6
-        table = np.full((self.frames * each + 1, END + 1), FORBIDDEN, np.int32)
-        final = self.frames * each
-        table[final, END] = final
-        for i, byte in enumerate(first):
-            at = i * each
-            table[at + due, byte] = at + empty
-            for state in (empty, zeros, zeros + 1, zeros + 2):
-                table[at + state, 1:256] = at + zeros
-                table[at + state, 0] = at + zeros + 1 + max(state - zeros, 0)
-            table[at + zeros + 2, :4] = FORBIDDEN, at + each if i + 1 < self.frames else FORBIDDEN, FORBIDDEN, at + escaped
-            table[at + escaped, :4] = at + zeros + 1, at + zeros, at + zeros, at + zeros
-        table[final - each + zeros, END] = final
-        return table
+    def opens(self, file: bytes) -> bool:
+        """Whether an ordinary reader shows all pictures of a file; it makes up what it cannot decode."""
+        av = _library()
+        try:
+            with av.open(io.BytesIO(file), format="h264") as container:
+                shapes = [(frame.height, frame.width) for frame in container.decode(video=0)]
+        except (av.error.FFmpegError, EOFError, IndexError):
+            return False
+        return shapes == [self.shape[1:3]] * self.frames
 
     def _save(self, clip: UInt8[np.ndarray, "f H W 3"]) -> bytes:
         av = _library()
@@ -137,10 +159,11 @@ class H264Codec:
             # One thread: how a frame is cut must not depend on the machine.
             stream.codec_context.thread_count = 1
             keys = f"keyint={self.frames}:min-keyint={self.frames}:scenecut=0:bframes=0"
-            fixed = f"{keys}:cabac=0:ref=1:threads=1:sliced-threads=0"
+            slices = f"slice-max-mbs={self.restart}" if self.restart else "slices=1"
+            fixed = f"{keys}:cabac=0:ref=1:threads=1:sliced-threads=0:{slices}"
             stream.options = {"profile": "baseline", "qp": str(self.quantiser), "tune": "zerolatency", "x264-params": fixed}
             for frame in clip:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(_planes(frame), format="yuv420p")))
             container.mux(stream.encode(None))
         return file.getvalue()
 
@@ -148,6 +171,54 @@ class H264Codec:
 def _units(stream: bytes) -> list[bytes]:
     """What lies between start codes."""
     return [unit.rstrip(b"\0") for unit in re.split(re.escape(START), stream)[1:]]
+
+
+def _planes(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h W"]:
+    """Brightness, and below it the colours of squares of 2 x 2 pixels, row by row: planar 4:2:0."""
+    values = image @ (COLOURS * RANGES[:, None]).T + (16, 128, 128)
+    h, w = image.shape[:2]
+    colours = values[..., 1:].reshape(h // 2, 2, w // 2, 2, 2).mean((1, 3))
+    flat = np.concatenate([values[..., 0].ravel(), colours[..., 0].ravel(), colours[..., 1].ravel()])
+    return np.round(flat).astype(np.uint8).reshape(-1, w)
+
+
+def _colours(planes: UInt8[np.ndarray, "h W"]) -> UInt8[np.ndarray, "H W 3"]:
+    """The inverse of `_planes`, but for what it drops."""
+    h, w = planes.shape[0] * 2 // 3, planes.shape[1]
+    colours = planes[h:].reshape(2, h // 2, w // 2).repeat(2, 1).repeat(2, 2)
+    values = (np.stack([planes[:h], *colours], -1) - np.array([16.0, 128, 128])) / RANGES
+    return np.clip(np.round(values @ np.linalg.inv(COLOURS).T), 0, 255).astype(np.uint8)
+
+
+class _Bits:
+    """Reads a unit bit by bit, without the 3 that stands behind two zeros; `at` counts the bits of the unit as it is."""
+
+    def __init__(self, unit: bytes):
+        self.unit, self.at = unit, 0
+
+    def take(self, n: int) -> int:
+        value = 0
+        for _ in range(n):
+            byte = self.at // 8
+            if self.at % 8 == 0 and self.unit[max(byte - 2, 0) : byte + 1] == b"\0\0\3":
+                self.at, byte = self.at + 8, byte + 1
+            value = 2 * value + (self.unit[byte] >> (7 - self.at % 8) & 1)
+            self.at += 1
+        return value
+
+    def skip(self, n: int) -> None:
+        self.take(n)
+
+    def number(self) -> int:
+        """An exponential Golomb code, as of a number without a sign (9.1)."""
+        zeros = 0
+        while not self.take(1):
+            zeros += 1
+        return (1 << zeros) - 1 + self.take(zeros)
+
+    def numbers(self, n: int) -> None:
+        for _ in range(n):
+            self.number()
 
 
 def _library():

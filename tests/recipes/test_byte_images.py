@@ -15,8 +15,9 @@ from jaxgen import config as config_lib
 from jaxgen.data import digits
 from jaxgen.generators import next_token_sampler
 from jaxgen.recipes import byte_image_claims
+from jaxgen.recipes.byte_files import likelihood, save_files
 from jaxgen.recipes.byte_image_claims import in_pixels, rarest
-from jaxgen.recipes.byte_images import CodecConfig, likelihood, save_files
+from jaxgen.recipes.byte_images import CodecConfig
 from jaxgen.tokenizers.bytes import END, from_tokens, to_tokens
 
 CONFIG = config_lib.override(jpeg_lm.build("smoke"), ["model_train.class_drop=0", "model.dropout=0", "model.token_dropout=0"])

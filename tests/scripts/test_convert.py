@@ -12,7 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgen import cli
+from jaxgen.generators import NeighbourLlama
+from jaxgen.interop import nar
 from jaxgen.interop.files import read_state_dict, write_safetensors
+from jaxgen.recipes.neighbours import NeighbourConfig
 from jaxgen.train import load_config, load_params
 
 # What the authors' files take for granted.
@@ -167,3 +171,65 @@ def test_files_of_other_families(shared, succeeds, refused, tmp_path):
     assert {"encoder", "decoder"} <= load_params(tmp_path / "kl", "tokenizer")[0]["tokenizer"]["params"].keys()
     line = refused("convert", "import", "--layout", "kl16", "--workdir", tmp_path / "no", *pair[:2], *autoencoder)
     assert "--layout kl16: of these files the tokenizer alone is imported" in line
+
+
+def test_llamas_there_and_back_again(shared, succeeds, refused, tmp_path):
+    """A work directory samples as the authors do, and is written as it was read."""
+    fixtures = shared / "fixtures" / "llamagen"
+    pair = ("--generator", fixtures / "c2i_gpt.pt", "--tokenizer", fixtures / "c2i_vq.pt")
+    importing = ("convert", "import", "--layout", "llamagen")
+    line = refused(*importing, "--workdir", tmp_path / "no", *pair)
+    assert "pass num_heads" in line and not (tmp_path / "no").exists()
+    line = refused(*importing, "--workdir", tmp_path / "no", "--patch_nums", "4,8", *pair)
+    assert line == "--patch_nums 4,8: models of layout llamagen have one grid"
+    out = succeeds(*importing, "--workdir", tmp_path / "run", "--num_heads", "4", *pair)
+    assert out == f"{tmp_path}/run: depth 2, scales (8,), 5 classes\n"
+    recipe, params = cli.open_workdir(tmp_path / "run")
+    reference = dict(np.load(fixtures / "c2i.npz"))
+    # A recipe's guidance is counted from 0, the authors' from 1.
+    out = recipe.sample(params, jax.random.key(0), reference["cond"], cfg=1.0, top_k=1)
+    np.testing.assert_array_equal(out["tokens"], reference["greedy_cfg2"])
+
+    files = {"--generator": tmp_path / "g.safetensors", "--tokenizer": tmp_path / "t.safetensors"}
+    said = succeeds("convert", "export", "--workdir", tmp_path / "run", *arguments(files))
+    assert said.endswith("does not say --num_heads 4 --patch_nums 8\n")
+    told = ("--num_heads", "4", "--patch_nums", "8")
+    succeeds(*importing, "--workdir", tmp_path / "back", *told, *arguments(files))
+    assert load_config(tmp_path / "back") == recipe.config
+    for name in ("tokenizer", "generator"):
+        found, _ = load_params(tmp_path / "back", name)
+        jax.tree.map(np.testing.assert_array_equal, found, params[name])
+    succeeds(*importing, "--workdir", tmp_path / "alone", "--tokenizer", files["--tokenizer"])
+    found, _ = load_params(tmp_path / "alone", "tokenizer")
+    jax.tree.map(np.testing.assert_array_equal, found, params["tokenizer"])
+    for layout in ("rar", "xar", "infinity", "dinov2"):
+        line = refused("convert", "import", "--layout", layout, "--workdir", tmp_path / "no", *pair)
+        assert line == f"--layout {layout}: there is no recipe of these models; jaxgen.interop.{layout} reads them"
+
+
+def test_neighbours_there_and_back_again(shared, randomize, succeeds, refused, tmp_path):
+    """NAR's own layout with LlamaGen's tokenizer; what its files cannot say is not written."""
+    tokenizer = shared / "fixtures" / "llamagen" / "c2i_vq.pt"
+    vocab = read_state_dict(tokenizer, "model")["quantize.embedding.weight"].shape[0]
+    module = NeighbourLlama(vocab=vocab, grid=4, num_classes=3, width=16, heads=2, depth=2, hidden=32, scan_layers=True)
+    theirs = nar.NAR(generator=module, tokenizer=None, params={"generator": randomize(module.param_shapes())})
+    theirs.save(generator=str(tmp_path / "nar.safetensors"))
+    files = {"--generator": tmp_path / "nar.safetensors", "--tokenizer": tokenizer}
+    told = ("--layout", "nar", "--num_heads", "2", "--patch_nums", "4")
+    succeeds("convert", "import", "--workdir", tmp_path / "run", *told, *arguments(files))
+    config = load_config(tmp_path / "run")
+    assert isinstance(config, NeighbourConfig) and (config.model.depth, config.model.head_depth) == (2, 1)
+    assert config.build_generator() == module
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "run", "generator")[0], theirs.params)
+    again = {"--generator": tmp_path / "g.safetensors", "--tokenizer": tmp_path / "t.safetensors"}
+    succeeds("convert", "export", "--workdir", tmp_path / "run", *arguments(again))
+    before, after = (read_state_dict(path) for path in (files["--generator"], again["--generator"]))
+    assert set(before) == set(after)
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved["model"]["theta"] = 500.0
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    line = refused("convert", "export", "--workdir", tmp_path / "run", *arguments(again))
+    assert "model.theta=500.0; files in the authors' layout do not say so, and are read as theta=10000.0" in line

@@ -1,0 +1,93 @@
+"""S016 AVC-LM: a plain Llama on the bytes of H.264 streams, short clips (Han et al. 2024, arXiv 2408.08459).
+
+    python scripts/train.py --config configs/avc_lm.py --variant small --workdir runs/avc
+    python scripts/sample.py --workdir runs/avc --labels 0,1,2 --num 4 --cfg 0 --top_p 0.9 --out clips.gif --files samples/
+
+Needs PyAV (`pip install 'jaxgen[video]'`). Streams have one quantiser, a baseline profile and no metadata, and the model sees
+what differs between them. Sampling keeps to the framing and the headers of the units, so that a reader finds every picture of a
+sample; `--option constrained=False` lets go of it. The bits of a picture are the model's own: a sample in which they are wrong
+is shown grey and saved as raw bytes (`.bin`), though readers make up what is missing in most of these. S016's claims are
+`jpeg_lm`'s.
+
+Variants: `smoke` (seconds on a CPU), `small` (handwritten digits that move, 4 frames of 16 x 32 pixels, minutes on a CPU),
+`films` (the films of an npz file, each a class: `--set data.path=clips.npz`), and `paper`: Llama 2 7B on 15 frames of 144 x 256
+pixels, of 3 a second (of films with 24), at quantiser 37. Byte pairs make the paper's vocabulary one of 1,024; here a token is a
+byte, and the paper's clips have no classes. A slice for each macroblock, the vocabulary and the window of 32,768 tokens are as a
+reproduction of the paper has them, and the schedule is Llama 2's, since the paper's own tables were not to be had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxgen.data.clips import ClipConfig
+from jaxgen.optim import OptimConfig
+from jaxgen.recipe import Recipe
+from jaxgen.recipes.byte_clips import ByteClipConfig, ClipCodecConfig
+from jaxgen.recipes.image_llama import ImageLlamaModelConfig
+from jaxgen.recipes.next_scale import ModelTrainConfig
+from jaxgen.train.loop import RunConfig
+
+VARIANTS = ("smoke", "small", "films", "paper")
+
+
+def get_config(variant: str) -> Recipe:
+    """The recipe of a variant.
+
+    Raises:
+      ValueError: an unknown variant, or PyAV is not installed.
+    """
+    return build(variant).recipe()
+
+
+def build(variant: str) -> ByteClipConfig:
+    """The configuration of a variant."""
+    if variant == "paper":
+        return _published()
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
+    smoke = variant == "smoke"
+    optim = OptimConfig(lr=2e-3, warmup_steps=2 if smoke else 40, schedule="cosine", lr_end=0.05, clip=1.0)
+    small = ByteClipConfig(
+        data=ClipConfig(path="digits", frames=2 if smoke else 4),
+        codec=ClipCodecConfig(length=144, quantiser=40),
+        model=ImageLlamaModelConfig(
+            width=16 if smoke else 96, depth=2 if smoke else 3, heads=2 if smoke else 4, token_dropout=0.1, dropout=0.1
+        ),
+        model_train=ModelTrainConfig(steps=10 if smoke else 1500, batch_size=16 if smoke else 32, ema=0.98, optim=optim),
+        run=RunConfig(save_every=500, eval_every=500),
+    )
+    if variant != "films":
+        return small
+    return dataclasses.replace(
+        small,
+        data=ClipConfig(path="clips.npz", frames=4, every=4, height=16, width=28),
+        codec=ClipCodecConfig(length=192, quantiser=42),
+        model=dataclasses.replace(small.model, num_classes=2),
+    )
+
+
+def _published() -> ByteClipConfig:
+    """Llama 2 7B, a clip of five seconds a row."""
+    return ByteClipConfig(
+        data=ClipConfig(path="clips.npz", frames=15, every=8, height=144, width=256, workers=8),
+        codec=ClipCodecConfig(length=32768, quantiser=37, restart=1),
+        model=ImageLlamaModelConfig(
+            width=4096,
+            depth=32,
+            heads=32,
+            hidden=11008,
+            num_classes=1,
+            token_dropout=0.0,
+            dropout=0.0,
+            scan_layers=True,
+            remat=True,
+            dtype="bfloat16",
+        ),
+        model_train=ModelTrainConfig(
+            steps=100_000,
+            batch_size=128,
+            optim=OptimConfig(lr=3e-4, warmup_steps=2000, schedule="cosine", lr_end=0.1, weight_decay=0.1, b2=0.95, clip=1.0),
+        ),
+        run=RunConfig(save_every=5000, eval_every=5000),
+    )

@@ -1,0 +1,200 @@
+"""Short clips of equal size: windows of longer ones in an npz file, or handwritten digits that move."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import zipfile
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from jaxgen.data.folder import stamp
+from jaxgen.data.sources import check_split, digits
+
+__all__ = ["ClipConfig", "ClipSource", "clips", "moving_digits"]
+
+HELD_OUT = 6  # one part in so many is the test split
+STILL = "digits"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Which clips, and how they become examples.
+
+    Attributes:
+      path: "digits" for scikit-learn's handwritten digits that move, or an `.npz` file (see `clips`).
+      frames: of a clip.
+      every: one in so many frames of the file is taken.
+      height, width: of a frame, which is resized without regard to its shape; 0 is as they are (16 x 32 for the digits).
+      seed: of the order.
+      workers: processes that make batches; 0 makes them in this process.
+
+    Raises:
+      ValueError: a field out of range.
+    """
+
+    path: str = STILL
+    frames: int = 4
+    every: int = 1
+    height: int = 0
+    width: int = 0
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self):
+        for name, least in (("frames", 1), ("every", 1), ("height", 0), ("width", 0), ("seed", 0), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)}: expected at least {least}")
+
+    def source(self, split: str) -> ClipSource:
+        """The clips of a split.
+
+        Raises:
+          ValueError: one of height and width, or see `clips` and `moving_digits`.
+        """
+        if (self.height == 0) != (self.width == 0):
+            raise ValueError(f"data.height={self.height}, data.width={self.width}: expected both or none")
+        if self.path == STILL:
+            return moving_digits(split, frames=self.frames, every=self.every, height=self.height or 16, width=self.width or 32)
+        if not os.path.exists(self.path):
+            raise ValueError(f"data.path={self.path!r}: no such file")
+        fields = dict(frames=self.frames, every=self.every, height=self.height, width=self.width)
+        return _clips(self.path, split, stamp=stamp(self.path), **fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ClipSource:
+    """Windows of long clips, as a source of `jaxgen.data.stream`: `source[i] -> {"clip": uint8 [f, H, W, 3], "label": int}`.
+
+    Attributes:
+      films: of frames of one size.
+      windows: (film, first frame) of each example.
+      frames, every: as in `ClipConfig`.
+      labels: of the examples; None: each film is a class.
+      class_names: one for each class.
+      where: names the films in error messages.
+    """
+
+    films: tuple[UInt8[np.ndarray, "_ H W 3"], ...]
+    windows: Int[np.ndarray, "n 2"]
+    frames: int
+    every: int
+    class_names: tuple[str, ...]
+    where: str
+    labels: Int[np.ndarray, "n"] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are in [0, num_classes)."""
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(f, H, W, 3) of a clip."""
+        return self.frames, *self.films[0].shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict:
+        film, first = self.windows[index]
+        clip = self.films[film][first : first + self.frames * self.every : self.every]
+        return {"clip": clip, "label": int(film if self.labels is None else self.labels[index])}
+
+    def name(self, index: int) -> str:
+        """What error messages call this example."""
+        film, first = self.windows[index]
+        return f"{self.where}[{film}][{first}]"
+
+
+def clips(path: str, split: str, *, frames: int, every: int = 1, height: int = 0, width: int = 0) -> ClipSource:
+    """All windows of the films in an npz file, each of which is a class.
+
+    A film is an array uint8 [n, H, W, 3]. Where there are integers `<its name>_shot_start`, they are the frames at which a shot
+    begins, and no window has frames of two. The last sixth of each film is the test split, which no window of the other reaches
+    into.
+
+    Args:
+      path: the file.
+      split: "train" or "test".
+      frames, every, height, width: see `ClipConfig`.
+
+    Raises:
+      ValueError: an unknown split, a file that cannot be read, one without films or with films of several sizes, which then need
+        `height` and `width`; or no window is so short.
+    """
+    check_split(split)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable npz file ({error})") from error
+    films = {name: x for name, x in sorted(arrays.items()) if x.dtype == np.uint8 and x.ndim == 4 and x.shape[-1] == 3}
+    if not films:
+        found = ", ".join(f"{name} {x.dtype} {x.shape}" for name, x in sorted(arrays.items())) or "nothing"
+        raise ValueError(f"{path}: has {found}; expected films, uint8 (n, H, W, 3)")
+    sizes = {x.shape[1:3] for x in films.values()}
+    if not height and len(sizes) > 1:
+        raise ValueError(f"{path}: films of sizes {sorted(sizes)}; set data.height and data.width")
+    length, windows = (frames - 1) * every + 1, []
+    for i, (name, film) in enumerate(films.items()):
+        cut = len(film) - len(film) // HELD_OUT
+        cuts = {0, cut, len(film), *arrays.get(f"{name}_shot_start", np.zeros(0, int)).tolist()}
+        shots = [(a, b) for a, b in zip(sorted(cuts), sorted(cuts)[1:]) if (a >= cut) == (split == "test")]
+        windows += [(i, first) for a, b in shots for first in range(a, b - length + 1)]
+    if not windows:
+        raise ValueError(f"{path}: no shot of the {split} split has {length} frames (data.frames={frames}, data.every={every})")
+    resized = tuple(_resized(film, height, width) for film in films.values())
+    fields = dict(frames=frames, every=every, class_names=tuple(films), where=os.fspath(path))
+    return ClipSource(films=resized, windows=np.array(windows), **fields)
+
+
+# Films are read and resized once for a run's splits, stages and checks.
+@functools.lru_cache(maxsize=2)
+def _clips(path: str, split: str, *, stamp: tuple[int, int], **fields) -> ClipSource:
+    return clips(path, split, **fields)
+
+
+def _resized(film: UInt8[np.ndarray, "n h w 3"], height: int, width: int) -> UInt8[np.ndarray, "n H W 3"]:
+    from PIL import Image
+
+    if not height or film.shape[1:3] == (height, width):
+        return film
+    resize = Image.Resampling.LANCZOS
+    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), resize)) for frame in film])
+
+
+def moving_digits(split: str, *, frames: int, every: int = 1, height: int = 16, width: int = 32) -> ClipSource:
+    """scikit-learn's handwritten digits, 8 x 8 pixels, that move over a dark ground and turn back at its edges.
+
+    Place and velocity (-3 to 3 pixels a frame, never 0 in both directions) are drawn for each digit once and for all, and so is a
+    colour.
+
+    Raises:
+      ValueError: an unknown split, frames smaller than a digit, or scikit-learn is not installed.
+    """
+    if min(height, width) < 8:
+        raise ValueError(f"data.height={height}, data.width={width}: a digit has 8 x 8 pixels")
+    still, films = digits(split), []
+    length, room = (frames - 1) * every + 1, np.array([height, width]) - 8
+    for i, image in enumerate(still.images):
+        rng = np.random.default_rng([len(still), i])
+        place, speed = rng.integers(0, room + 1), rng.integers(-3, 4, 2)
+        speed[1] += not speed.any()
+        colour = rng.integers(96, 256, 3)
+        film = np.full((length, height, width, 3), 16, np.uint8)
+        for t in range(length):
+            top, left = _reflected(place + t * speed, room)
+            film[t, top : top + 8, left : left + 8] = np.maximum(16, image * (colour / 255)).astype(np.uint8)
+        films.append(film)
+    windows = np.stack([np.arange(len(films)), np.zeros(len(films), int)], 1)
+    fields = dict(frames=frames, every=every, class_names=still.class_names, where=STILL)
+    return ClipSource(films=tuple(films), windows=windows, labels=still.labels, **fields)
+
+
+def _reflected(place: Int[np.ndarray, "2"], room: Int[np.ndarray, "2"]) -> Int[np.ndarray, "2"]:
+    """Within 0 and `room`, as if there were mirrors at both."""
+    around = place % np.maximum(2 * room, 1)
+    return np.minimum(around, 2 * room - around)

@@ -1,0 +1,172 @@
+"""A plain Llama over the bytes of files, whatever they show: what the recipes of S016 share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgen import storage
+from jaxgen.decoding import Automaton, Settings
+from jaxgen.generators import ImageLlama, NextTokenSampler
+from jaxgen.objectives.likelihood import cross_entropy, drop_labels
+from jaxgen.optim import adamw
+from jaxgen.recipe import Recipe, Stage, modules
+from jaxgen.recipes.image_llama import RULES, ImageLlamaModelConfig
+from jaxgen.recipes.next_scale import ModelTrainConfig
+from jaxgen.tokenizers.bytes import END, ByteTokenizer, Codec, from_tokens
+from jaxgen.train.loop import RunConfig
+
+__all__ = ["ByteFileConfig", "likelihood", "save_files"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteFileConfig:
+    """A run, but for its data and its codec, the fields `data` and `codec` of those that derive from it; `codec.length` is the
+    number of tokens of a file.
+
+    Attributes:
+      constrained: sampling keeps to the grammar of the files, unless it is told otherwise.
+    """
+
+    model: ImageLlamaModelConfig = ImageLlamaModelConfig()
+    model_train: ModelTrainConfig = ModelTrainConfig()
+    constrained: bool = True
+    run: RunConfig = RunConfig()
+
+    # Facts of the class, not fields: what samples are called, and `Recipe.modality`.
+    shows = "images"
+    modality = "image"
+
+    def build_codec(self) -> Codec:
+        """Between what the data are and bytes."""
+        raise NotImplementedError
+
+    def build_grammar(self) -> Automaton | None:
+        """Of the files; None if there is none to keep to."""
+        raise NotImplementedError
+
+    def token_batches(self, split: str, shard_index: int, shard_count: int):
+        """Batches of the files' "tokens" [b, l] and the "label" [b] of each."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the generator."""
+        return self.model.num_classes
+
+    def build_tokenizer(self) -> ByteTokenizer:
+        """The codec as a tokenizer."""
+        return ByteTokenizer(codec=self.build_codec(), length=self.codec.length)
+
+    def build_generator(self) -> ImageLlama:
+        """The generator module: the tokens have a place in the file only, and so one axis."""
+        fields = dict(vocab=ByteTokenizer.vocab, grid=(self.codec.length,), dtype=jnp.dtype(self.model.dtype))
+        return ImageLlama(**dataclasses.asdict(self.model) | fields)
+
+    def build_sampler(self, constrained: bool | None = None) -> NextTokenSampler:
+        """From key and labels to files, within their grammar if `constrained`; None is as configured."""
+        wanted = self.constrained if constrained is None else constrained
+        grammar = self.build_grammar() if wanted else None
+        return NextTokenSampler(generator=self.build_generator(), tokenizer=self.build_tokenizer(), grammar=grammar, stop=END)
+
+    def recipe(self) -> Recipe:
+        """The generator's stage and the sampler."""
+
+        def write(folder, tokens):
+            return save_files(folder, self.build_codec(), tokens)
+
+        sample = functools.partial(_sample, self)
+        return Recipe(config=self, stages=(_stage(self),), sample=sample, write=write, modality=self.modality)
+
+
+def likelihood(logits, tokens) -> dict:
+    """Nats a token and a file, and how often the likeliest is right; what follows a file's first `END` does not count."""
+    counts = jnp.cumsum(tokens == END, axis=1) - (tokens == END) == 0
+    nll = cross_entropy(logits, tokens) * counts
+    hits = ((logits.argmax(-1) == tokens) & counts).sum()
+    return {"nll": nll.sum() / counts.sum(), "nll_image": nll.sum(1).mean(), "token_accuracy": hits / counts.sum()}
+
+
+def _stage(config: ByteFileConfig) -> Stage:
+    """Maximum likelihood of the files' bytes, which the data pipeline makes."""
+    train, generator = config.model_train, config.build_generator()
+
+    def init(key, frozen):
+        return {"generator": generator.init(key, jnp.zeros((1,), jnp.int32), jnp.zeros((1, generator.length), jnp.int32))}, ()
+
+    def loss(params, state, batch, key, step, frozen):
+        drop_key, dropout_key = jax.random.split(key)
+        labels = drop_labels(drop_key, batch["label"], generator.num_classes, train.class_drop)
+        rngs = {"dropout": dropout_key}
+        logits = generator.apply(params["generator"], labels, batch["tokens"], train=True, rngs=rngs)
+        metrics = likelihood(logits, batch["tokens"])
+        return metrics["nll"], (metrics, state)
+
+    def eval_loss(params, state, batch, key, frozen):
+        metrics = likelihood(generator.apply(params["generator"], batch["label"], batch["tokens"]), batch["tokens"])
+        return {"loss": metrics["nll"], **metrics}
+
+    return Stage(
+        name="generator",
+        steps=train.steps,
+        init=init,
+        loss=loss,
+        optimizer=adamw(train.optim, train.steps) if train.steps else optax.identity(),
+        data=functools.partial(config.token_batches, "train"),
+        eval_data=functools.partial(config.token_batches, "test"),
+        eval_loss=eval_loss,
+        ema=train.ema,
+        accumulate=train.accumulate,
+        rules=RULES,
+    )
+
+
+def _sample(
+    config: ByteFileConfig, params: Mapping[str, Any], key, labels, *, constrained: bool | None = None, **settings
+) -> dict:
+    """Files of classes; settings are those of `jaxgen.decoding.Settings`, `constrained` as in `build_sampler`.
+
+    Returns:
+      What the files show as `config.shows` [b, ..., H, W, C], grey where "valid" [b] is false, and the bytes as "tokens" [b, l],
+      see `save_files`.
+    """
+    sampler = config.build_sampler(constrained)
+    variables = modules(params)
+    _, tokens = dataclasses.replace(sampler, tokenizer=None)(variables, key, labels, Settings(**settings))
+    pictures, valid = sampler.tokenizer.apply({}, tokens, method="read")
+    return {config.shows: pictures, "tokens": tokens, "valid": valid}
+
+
+def save_files(folder: str | os.PathLike, codec: Codec, tokens) -> list[storage.Place]:
+    """Writes each row as a file: `0000.jpg` if it is valid, and its bytes alone as `0000.bin` if it is not.
+
+    Args:
+      folder: made if missing.
+      codec: of the bytes.
+      tokens: [b, l].
+
+    Raises:
+      ValueError: a file cannot be written.
+    """
+    paths, top = [], storage.place(folder)
+    for i, data in enumerate(map(from_tokens, np.asarray(tokens))):
+        try:
+            codec.decode(data)
+            path, data = top / f"{i:04}.{codec.suffix}", codec.file(data)
+        except ValueError:
+            path = top / f"{i:04}.bin"
+        try:
+            with storage.whole(path) as temporary:
+                temporary.write_bytes(data)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+        paths.append(path)
+    return paths

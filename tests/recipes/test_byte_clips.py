@@ -1,0 +1,138 @@
+"""S016 AVC-LM as a recipe: batches are streams of clips, samples are clips and files, and what is refused."""
+
+import io
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import avc_lm
+from jaxgen import cli
+from jaxgen import config as config_lib
+from jaxgen.generators import next_token_sampler
+from jaxgen.recipes.byte_clips import ClipCodecConfig
+from jaxgen.recipes.byte_files import save_files
+from jaxgen.tokenizers.bytes import END, from_tokens, to_tokens
+from jaxgen.train import train
+
+av = pytest.importorskip("av", reason="H.264 needs PyAV: pip install 'jaxgen[video]'")
+
+CONFIG = avc_lm.build("smoke")
+
+
+@pytest.fixture(scope="module")
+def params(randomize):
+    return {"generator": jax.device_put(randomize({"generator": CONFIG.build_generator().param_shapes()}))}
+
+
+@pytest.mark.numeric
+@pytest.mark.usefixtures("quick_compiles")
+def test_samples_are_clips_in_one_compilation(params, monkeypatch, tmp_path):
+    """New labels and settings compile nothing; what is valid is a file that a reader shows so, the rest is kept as bytes."""
+    traces, original = [], next_token_sampler.sample_tokens
+    monkeypatch.setattr(next_token_sampler, "sample_tokens", lambda *a, **k: traces.append(1) or original(*a, **k))
+    recipe, codec, labels = CONFIG.recipe(), CONFIG.build_codec(), np.arange(8, dtype=np.int32)
+    out = recipe.sample(params, jax.random.key(0), labels, cfg=0.5, temperature=0.9)
+    again = recipe.sample(params, jax.random.key(1), labels[::-1], cfg=2.0, top_p=0.9)
+    assert len(traces) == 1 and out["clips"].shape == (8, 2, 16, 32, 3) and out["tokens"].shape == (8, CONFIG.codec.length)
+    assert (np.asarray(out["tokens"]) != np.asarray(again["tokens"])).any()
+    # With the grammar each has the units of a clip, whatever their bits are.
+    for row in np.asarray(out["tokens"]):
+        units = from_tokens(row).split(b"\0\0\1")
+        assert len(units) == 2 and all(unit.startswith(header) for unit, header in zip(units, codec.headers))
+    grey = ~np.asarray(out["valid"])
+    assert not np.asarray(out["clips"])[grey].any()
+
+    clips = CONFIG.data.source("test")
+    tokens = [to_tokens(codec.encode(clips[i]["clip"]), CONFIG.codec.length) for i in range(2)]
+    tokens = np.stack([*tokens, np.asarray(out["tokens"])[0][::-1]])
+    paths = recipe.write(tmp_path / "out", tokens)
+    assert [path.name for path in paths] == ["0000.h264", "0001.h264", "0002.bin"]
+    assert paths[2].read_bytes() == from_tokens(tokens[2])
+    with av.open(io.BytesIO(paths[1].read_bytes()), format="h264") as container:
+        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert np.abs(shown.astype(int) - clips[1]["clip"]).mean() < 8
+    assert save_files(tmp_path / "same", codec, tokens)[0].read_bytes() == codec.file(from_tokens(tokens[0]))
+
+
+def test_batches_are_streams_of_clips():
+    """Each row is one of the clips with its label, whole; the loss counts what is before the first `END`."""
+    batch = next(iter(CONFIG.recipe().stage("generator").data(0, 1)))
+    codec, source = CONFIG.build_codec(), CONFIG.data.source("train")
+    assert batch["tokens"].shape == (16, CONFIG.codec.length) and batch["label"].dtype == np.int32
+    known = {codec.encode(source[i]["clip"]): source[i]["label"] for i in range(len(source)) if source[i]["label"] == 3}
+    threes = [from_tokens(row) for row in batch["tokens"][batch["label"] == 3]]
+    assert threes and all(data in known for data in threes) and (batch["tokens"][:, -1] == END).all()
+    held_out = CONFIG.recipe().stage("generator").eval_data(0, 1)
+    assert sum(len(batch["label"]) for batch in held_out) == len(CONFIG.data.source("test"))
+
+
+def test_the_grammar_takes_real_films(shared):
+    """Of every film and split; the automaton's own tests say what it refuses."""
+    path = shared / "data" / "video" / "clips_72x128.npz"
+    config = config_lib.override(avc_lm.build("films"), [f"data.path={path}", "codec.restart=1", "codec.length=420"]).resolve()
+    assert config.data.source("test").class_names == ("bigbuckbunny", "bikes")
+    grammar, codec = config.build_grammar(), config.build_codec()
+    rows = []
+    for split in ("train", "test"):
+        source = config.data.source(split)
+        some = np.linspace(0, len(source) - 1, 12).astype(int)
+        rows += [to_tokens(codec.encode(source[i]["clip"]), config.codec.length) for i in some]
+
+    def one(state, token):
+        return grammar.move(state, token), None
+
+    state, _ = jax.jit(lambda tokens: jax.lax.scan(one, grammar.begin((len(rows),)), tokens))(jnp.asarray(np.stack(rows)).T)
+    assert (np.asarray(state.unit) == len(grammar.headers)).all() and len(grammar.headers) == 8
+
+
+@pytest.mark.parametrize("variant", avc_lm.VARIANTS)
+def test_every_variant_builds_and_survives_json(variant):
+    config = avc_lm.get_config(variant).config
+    assert config_lib.from_json(config_lib.to_json(config)) == config
+    sampler = config.build_sampler()
+    assert sampler.generator.shape == (config.codec.length,) and sampler.grammar.length == config.codec.length
+    if variant == "paper":  # Llama 2 7B without its text vocabulary; a slice for each macroblock of 15 frames
+        shapes = config.build_generator().param_shapes()["params"]
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+        assert size == 6_738_415_616 - 2 * 32_000 * 4096 + (2 * 257 + 2) * 4096
+        assert len(sampler.grammar.headers) == 15 * 9 * 16
+
+
+def test_what_is_refused():
+    for edit, message in (
+        ("codec.quantiser=52", "codec.quantiser=52: expected at most 51"),
+        ("codec.length=0", "codec.length=0: expected at least 1"),
+        ("codec.restart=-1", "codec.restart=-1"),
+        ("data.frames=0", "data.frames=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_lib.override(CONFIG, [edit])
+    with pytest.raises(ValueError, match="data.width=29: H.264 needs an even number"):
+        config_lib.override(CONFIG, ["data.height=16", "data.width=29"])
+    for edit, message in (
+        ("codec.length=30", r"codec.length=30: there are streams of \d+ bytes"),
+        ("model.num_classes=9", "model.num_classes=9: digits has 10 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_lib.override(CONFIG, [edit]).resolve()
+    resolved = CONFIG.resolve()
+    assert (resolved.data.height, resolved.data.width) == (16, 32) and resolved.codec == ClipCodecConfig(length=144, quantiser=40)
+    with pytest.raises(ValueError, match="variant 'tiny' is not one of smoke, small, films, paper"):
+        avc_lm.get_config("tiny")
+
+
+# Trains the smoke variant with the loop and samples what was saved.
+@pytest.mark.slow
+def test_trains_and_samples(tmp_path):
+    recipe = config_lib.override(CONFIG, ["model_train.steps=60", "run.eval_every=30"]).resolve().recipe()
+    train(recipe, tmp_path / "run", log=lambda line: None)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = (row["eval/loss"] for row in rows if "eval/loss" in row)
+    assert last < first < math.log(257)
+    recipe, params = cli.open_workdir(tmp_path / "run")
+    out = recipe.sample(params, jax.random.key(0), np.arange(4, dtype=np.int32), cfg=0.0)
+    assert out["clips"].shape == (4, 2, 16, 32, 3)
