@@ -34,6 +34,8 @@ RULES = (
     (r"blocks_\d+/attention/o/kernel", P("tensor", None, "fsdp")),
     (r"blocks_\d+/mlp/w13/kernel", P("fsdp", None, "tensor")),
     (r"blocks_\d+/mlp/w2/kernel", P("tensor", "fsdp")),
+    # Of Mamba-2, several things of differing widths side by side: only the other axis can be split.
+    (r"blocks_\d+/(in|out)/kernel", P(("fsdp", "tensor"), None)),
     (r"head/kernel", P("fsdp", "tensor")),
     (r"embed/embedding", P("tensor", "fsdp")),
 )

@@ -211,7 +211,8 @@ def test_neighbours_there_and_back_again(shared, randomize, succeeds, refused, t
     """NAR's own layout with LlamaGen's tokenizer; what its files cannot say is not written."""
     tokenizer = shared / "fixtures" / "llamagen" / "c2i_vq.pt"
     vocab = read_state_dict(tokenizer, "model")["quantize.embedding.weight"].shape[0]
-    module = NeighbourLlama(vocab=vocab, grid=4, num_classes=3, width=16, heads=2, kv_heads=2, depth=2, hidden=32, scan_layers=True)
+    sizes = dict(width=16, heads=2, kv_heads=2, depth=2, hidden=32)
+    module = NeighbourLlama(vocab=vocab, grid=4, num_classes=3, scan_layers=True, **sizes)
     theirs = nar.NAR(generator=module, tokenizer=None, params={"generator": randomize(module.param_shapes())})
     theirs.save(generator=str(tmp_path / "nar.safetensors"))
     files = {"--generator": tmp_path / "nar.safetensors", "--tokenizer": tokenizer}
