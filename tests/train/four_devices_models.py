@@ -7,7 +7,7 @@ import sys
 import jax
 import numpy as np
 
-from configs import llamagen, var
+from configs import cspd, llamagen, var
 from jaxgen import config as config_lib
 from jaxgen.collectives import array_shapes, collectives
 from jaxgen.recipe_compile import update_program
@@ -58,16 +58,38 @@ def run(system, grids):
     return found
 
 
-def traffic(system, grids, devices):
-    """Bytes of an update's collectives on one device, with four rows for each."""
-    sizes = (f"model_train.batch_size={4 * devices}", f"tokenizer_train.batch_size={devices}")
-    _, tokenizer, generator = build(system, grids, *sizes, "model.scan_layers=true", "model.depth=2")
-    mesh = make_mesh(f"fsdp={devices}", jax.devices()[:devices])
-    program = update_program(generator, mesh, {"tokenizer": update_program(tokenizer, mesh, {}).weights})
+def traffic(stages, devices):
+    """Bytes on one device of the collectives of the last stage's update."""
+    mesh, known = make_mesh(f"fsdp={devices}", jax.devices()[:devices]), {}
+    for stage in stages:
+        program = update_program(stage, mesh, known)
+        known[stage.name] = program.weights
     return sum(t.bytes for t in collectives(program.update.lower(*program.inputs).compile().as_text()).values())
+
+
+def scanned(system, grids):
+    """The stages of a generator of scanned blocks, with four rows for each device."""
+
+    def stages(devices):
+        sizes = (f"model_train.batch_size={4 * devices}", f"tokenizer_train.batch_size={devices}")
+        return build(system, grids, *sizes, "model.scan_layers=true", "model.depth=2")[1:]
+
+    return stages
+
+
+def alone(system, *edits):
+    """A generator that needs no other stage, with four rows for each device."""
+
+    def stages(devices):
+        edited = config_lib.override(system.get_config("smoke").config, (*edits, f"model_train.batch_size={4 * devices}"))
+        return [edited.recipe().stage("generator")]
+
+    return stages
 
 
 systems = {"var": (var, (1, 3, 4)), "llamagen": (llamagen, (4,))}
 found = {name: run(*system) for name, system in systems.items()}
-found["traffic"] = {name: [traffic(*system, n) for n in (2, 4)] for name, system in systems.items()}
+scaled = {name: scanned(*system) for name, system in systems.items()}
+scaled["cspd"] = alone(cspd, "model.head_width=64", "model_train.repeats=4", "model_train.optim.warmup_steps=0")
+found["traffic"] = {name: [traffic(stages(n), n) for n in (2, 4)] for name, stages in scaled.items()}
 json.dump(found, sys.stdout)

@@ -37,7 +37,7 @@ def test_only_sequences_are_traded(results, system):
         assert "all-to-all" in results[system][mesh]["collectives"]
 
 
-@pytest.mark.parametrize("system", ("var", "llamagen"))
+@pytest.mark.parametrize("system", ("var", "llamagen", "cspd"))
 def test_traffic_of_a_device_does_not_grow_with_their_number(results, system):
     """Parameters are gathered and gradients reduced, whatever the number of devices; activations stay where they are.
 
