@@ -57,6 +57,7 @@ def main():
         os.environ.setdefault(name, value)
     if not devices.chip.topologies:
         jax.config.update("jax_num_cpu_devices", devices.count)
+        jax.config.update("jax_disable_most_optimizations", True)  # of machine code, which nobody runs; the program is the same
     table = markdown_table if args.markdown else text_table
     if args.config[1:]:
         print(table(_plan_all(args, devices)))

@@ -1,12 +1,18 @@
 """What scripts/plan.py makes of its flags; what plans say is tested in train/test_four_devices.py."""
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxgen.plan import Devices
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -51,3 +57,27 @@ def test_patterns_stay_in_what_is_proposed(planned, succeeds, config_path):
 def test_a_pattern_without_a_parameter(planned, refused, config_path):
     said = refused(*arguments(config_path, "--shard", "haed/kernel=tensor"))
     assert said.startswith("--shard pattern 'haed/kernel' matches no parameter") and not planned
+
+
+def test_the_table_of_the_readme():
+    """Two of its rows, planned again: parameters, state and work as told, what the compiler chose within a fifth."""
+    page = (ROOT / "README.md").read_text()
+    told = {name: cells.split(" | ") for name, cells in re.findall(r"^\| (any_subset|elm) \| (.*) \|$", page, re.MULTILINE)}
+    assert set(told) == {"any_subset", "elm"}
+    files = [ROOT / "configs" / f"{name}.py" for name in told]
+    flags = ["--variant", "paper", "--device", "h100-8", "--mesh", "fsdp=8", "--only", "generator", "--markdown"]
+    command = [sys.executable, ROOT / "scripts" / "plan.py", "--config", *files, *flags]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    head, _, *rows = ([cell.strip() for cell in line.strip("| ").split("|")] for line in done.stdout.splitlines())
+    assert len(rows) == len(told)
+    for row in (dict(zip(head, cells)) for cells in rows):
+        parameters, batch, state, temporary, fits, tflop, traffic = told[row["config"]]
+        assert (row["batch"], row["fits"]) == (batch, {"yes": "True", "no": "False"}[fits])
+        assert float(row["parameters_M"]) == pytest.approx(float(parameters), rel=5e-3)
+        held = sum(float(row[f"{part}_GB"]) for part in ("parameters", "optimizer", "frozen"))
+        assert held == pytest.approx(float(state), rel=5e-3)
+        assert float(row["TFLOP"]) == pytest.approx(float(tflop), rel=5e-3)
+        assert float(row["temporary_GB"]) == pytest.approx(float(temporary), rel=0.2)
+        assert float(row["traffic_GB"]) == pytest.approx(float(traffic), rel=0.2)
