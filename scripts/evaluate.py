@@ -39,6 +39,8 @@ def main():
     step = int(args.step) if args.step and args.step.isdigit() else args.step
     mesh = cli.open_devices(args, every_device=False)
     recipe, params = cli.open_workdir(args.workdir, edits=args.set, step=step, mesh=mesh)
+    if recipe.modality != "image":
+        raise ValueError(f"--workdir {args.workdir}: makes {recipe.modality}, and this measures images")
     recipe.config.resolve()  # says if these data do not fit
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
     if args.reference and not args.inception:

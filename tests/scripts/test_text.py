@@ -32,3 +32,4 @@ def test_train_and_continue_prompts(workdir, succeeds, refused, tmp_path):
         (("--prompt", "a", "--temperature", 0, "--out", out), "temperature=0.0: must be > 0 and finite"),
     ):
         assert line in refused("sample", *flags, *args)
+    assert f"--workdir {workdir}: makes text, and this measures images" in refused("evaluate", "--workdir", workdir)
