@@ -89,9 +89,9 @@ def test_the_loss_counts_unknown_tokens(model, tokens):
     labels = jnp.array([2, 0])
     got = apply(variables, labels, tokens, KNOWN, jax.random.key(1), repeats=3)
     z = apply(variables, labels, tokens, KNOWN, method="features")
-    three = jnp.broadcast_to(tokens, (3, *tokens.shape))
-    losses = jax.jit(lambda z: module.bind(variables).head.loss(z, three, jax.random.key(1)))(z)
-    np.testing.assert_allclose(got, np.asarray(losses)[:, ~KNOWN].mean(), rtol=1e-5)
+    three = jnp.stack([tokens] * 3, axis=1)
+    losses = jax.jit(lambda z: module.bind(variables).head.loss(z[:, None], three, jax.random.key(1)))(z)
+    np.testing.assert_allclose(got, np.asarray(losses).swapaxes(0, 1)[:, ~KNOWN].mean(), rtol=1e-5)
     assert np.isfinite(apply(variables, labels, tokens, np.ones_like(KNOWN), jax.random.key(1), repeats=3))
 
 

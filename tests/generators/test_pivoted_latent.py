@@ -108,11 +108,12 @@ def test_the_loss_is_of_unknown_pivots_and_all_dense_tokens(model, data):
     @jax.jit
     def losses(variables):
         bound, (k1, k2) = module.bind(variables), jax.random.split(jax.random.key(1))
-        first = bound.head.loss(z, jnp.broadcast_to(pivots, (3, 2, P, C)), k1)
-        return first, bound.dense_head.loss(jnp.tile(dense, (3, 1, 1)), jnp.tile(tokens, (3, 1, 1)), k2)
+        first = bound.head.loss(z[:, None], jnp.stack([pivots] * 3, axis=1), k1)
+        return first, bound.dense_head.loss(jnp.repeat(dense, 3, axis=0), jnp.repeat(tokens, 3, axis=0), k2)
 
     first, second = losses(variables)
-    want = 2.0 * P / (P + L) * np.asarray(first)[:, ~KNOWN_PIVOTS].mean() + 0.75 * L / (P + L) * np.asarray(second).mean()
+    unknown = np.asarray(first).swapaxes(0, 1)[:, ~KNOWN_PIVOTS]
+    want = 2.0 * P / (P + L) * unknown.mean() + 0.75 * L / (P + L) * np.asarray(second).mean()
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
