@@ -6,9 +6,8 @@
 Needs PyAV (`pip install 'jaxgen[video]'`). Streams have one quantiser, a baseline profile and no metadata, and the model sees
 what differs between them. Sampling keeps to the framing and the headers of the units, so that a reader finds every picture of a
 sample; `--option constrained=False` lets go of it. The bits of a picture are the model's own: a sample in which they are wrong
-is shown grey and saved as raw bytes (`.bin`), though readers make up what is missing in most of these. Few are right
-so far: one of 16 after 1,200 updates of `small`, none of 12 after 300 of `films`. S016's claims are
-`jpeg_lm`'s.
+is shown grey and saved as raw bytes (`.bin`), though readers make up what is missing in most of these. Few are right so far: one
+of 16 after 1,200 updates of `small`, none of 12 after 300 of `films`. S016's claims are `jpeg_lm`'s.
 
 Variants: `smoke` (seconds on a CPU), `small` (handwritten digits that move, 4 frames of 16 x 32 pixels, minutes on a CPU),
 `films` (the films of an npz file, each a class: `--set data.path=clips.npz`), and `paper`: Llama 2 7B on 15 frames of 144 x 256
@@ -21,13 +20,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from configs import jpeg_lm
 from jaxgen.data.clips import ClipConfig
-from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
 from jaxgen.recipes.byte_clips import ByteClipConfig, ClipCodecConfig
-from jaxgen.recipes.image_llama import ImageLlamaModelConfig
-from jaxgen.recipes.next_scale import ModelTrainConfig
-from jaxgen.train.loop import RunConfig
 
 VARIANTS = ("smoke", "small", "films", "paper")
 
@@ -48,15 +44,13 @@ def build(variant: str) -> ByteClipConfig:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
     smoke = variant == "smoke"
-    optim = OptimConfig(lr=2e-3, warmup_steps=2 if smoke else 40, schedule="cosine", lr_end=0.05, clip=1.0)
+    images = jpeg_lm.build("smoke" if smoke else "small")
     small = ByteClipConfig(
         data=ClipConfig(path="digits", frames=2 if smoke else 4),
         codec=ClipCodecConfig(length=144, quantiser=40),
-        model=ImageLlamaModelConfig(
-            width=16 if smoke else 96, depth=2 if smoke else 3, heads=2 if smoke else 4, token_dropout=0.1, dropout=0.1
-        ),
-        model_train=ModelTrainConfig(steps=10 if smoke else 1500, batch_size=16 if smoke else 32, ema=0.98, optim=optim),
-        run=RunConfig(save_every=500, eval_every=500),
+        model=images.model,
+        model_train=images.model_train if smoke else dataclasses.replace(images.model_train, steps=1500, batch_size=32),
+        run=images.run,
     )
     if variant != "films":
         return small
@@ -69,26 +63,12 @@ def build(variant: str) -> ByteClipConfig:
 
 
 def _published() -> ByteClipConfig:
-    """Llama 2 7B, a clip of five seconds a row."""
+    """The Llama 2 7B of `jpeg_lm`, a clip of five seconds a row."""
+    images = jpeg_lm.build("paper")
     return ByteClipConfig(
         data=ClipConfig(path="clips.npz", frames=15, every=8, height=144, width=256, workers=8),
         codec=ClipCodecConfig(length=32768, quantiser=37, restart=1),
-        model=ImageLlamaModelConfig(
-            width=4096,
-            depth=32,
-            heads=32,
-            hidden=11008,
-            num_classes=1,
-            token_dropout=0.0,
-            dropout=0.0,
-            scan_layers=True,
-            remat=True,
-            dtype="bfloat16",
-        ),
-        model_train=ModelTrainConfig(
-            steps=100_000,
-            batch_size=128,
-            optim=OptimConfig(lr=3e-4, warmup_steps=2000, schedule="cosine", lr_end=0.1, weight_decay=0.1, b2=0.95, clip=1.0),
-        ),
-        run=RunConfig(save_every=5000, eval_every=5000),
+        model=dataclasses.replace(images.model, num_classes=1),
+        model_train=dataclasses.replace(images.model_train, batch_size=128),
+        run=images.run,
     )
