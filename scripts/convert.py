@@ -21,7 +21,7 @@ from jaxgen.recipes.neighbours import NeighbourConfig
 from jaxgen.train import save_config, save_params
 
 # What the authors' code fixes and their files therefore leave out.
-UNSAVED = {"groups": 32, "phi_ratio": 0.5, "cosine": False}
+UNSAVED = {"tokenizer": {"groups": 32, "phi_ratio": 0.5, "cosine": False}}
 UNSAVED_LLAMA = {"tokenizer": {"groups": 32}, "model": {"theta": 10000.0}}
 
 # How a tokenizer alone is read; nothing of its parameters depends on the scales.
@@ -110,12 +110,7 @@ def export_checkpoints(args):
     config = recipe.config
     if isinstance(config, ImageLlamaConfig):
         return export_llama(args, config, params)
-    for field, theirs in UNSAVED.items():
-        if getattr(config.tokenizer, field) != theirs:
-            raise ValueError(
-                f"{args.workdir}: tokenizer.{field}={getattr(config.tokenizer, field)}; files in the authors' layout do not say "
-                f"so, and are read as {field}={theirs}"
-            )
+    check_unsaved(args, config, UNSAVED)
     used = sum(name.startswith("phi_") for name in params["tokenizer"]["params"]["quantizer"])
     if used != config.tokenizer.phis:
         raise ValueError(
@@ -132,17 +127,22 @@ def export_llama(args, config, params):
     models = {ImageLlamaConfig: llamagen.LlamaGen, NeighbourConfig: nar.NAR}
     if type(config) not in models:
         raise ValueError(f"{args.workdir}: there is no published layout of a {type(config).__name__}")
-    for group, fields in UNSAVED_LLAMA.items():
+    check_unsaved(args, config, UNSAVED_LLAMA)
+    model = models[type(config)](generator=config.build_generator(), tokenizer=config.build_tokenizer(), params=params)
+    model.save(generator=args.generator, tokenizer=args.tokenizer)
+    unsaid = f"--num_heads {config.model.heads} --patch_nums {config.tokenizer.patch_nums[0]}"
+    print(f"{args.generator}, {args.tokenizer}: written in the authors' layout, which does not say {unsaid}")
+
+
+def check_unsaved(args, config, unsaved):
+    """That fields which the files leave out are what the authors' code makes of them."""
+    for group, fields in unsaved.items():
         for field, theirs in fields.items():
             if (ours := getattr(getattr(config, group), field)) != theirs:
                 raise ValueError(
                     f"{args.workdir}: {group}.{field}={ours}; files in the authors' layout do not say so, and are read as "
                     f"{field}={theirs}"
                 )
-    model = models[type(config)](generator=config.build_generator(), tokenizer=config.build_tokenizer(), params=params)
-    model.save(generator=args.generator, tokenizer=args.tokenizer)
-    unsaid = f"--num_heads {config.model.heads} --patch_nums {config.tokenizer.patch_nums[0]}"
-    print(f"{args.generator}, {args.tokenizer}: written in the authors' layout, which does not say {unsaid}")
 
 
 if __name__ == "__main__":
