@@ -79,7 +79,8 @@ def rarest(config: ByteImageConfig, share: float = 0.1) -> Float[np.ndarray, "n 
 
 def _images(data, split: str, limit: int = 5000):
     source, prepare = make_source(data, split), Preprocess(channels=data.channels, image_size=data.image_size)
-    examples = [prepare(source[i]) for i in range(min(len(source), limit))]
+    # Evenly over the whole: files have often one class after another.
+    examples = [prepare(source[int(i)]) for i in np.linspace(0, len(source) - 1, min(len(source), limit)).round()]
     return np.asarray(pixels(np.stack([e["image"] for e in examples]))), np.array([e["label"] for e in examples])
 
 
