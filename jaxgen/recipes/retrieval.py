@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from jaxgen.data import DataConfig, Source, batches, make_source, pixels
 from jaxgen.decoding import Settings
 from jaxgen.generators.retrieval_llama import RetrievalLlama, RetrievalSampler, neighbours
 from jaxgen.nn.cross_attention import Context
 from jaxgen.recipe import Recipe, Stage, modules
+from jaxgen.recipes import next_scale
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig, feature_stage, image_features
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import RULES, ImageLlamaConfig
@@ -24,16 +24,6 @@ from jaxgen.recipes.token_cache import check_no_cache
 from jaxgen.retrieval import Index, build_index, check_index
 
 __all__ = ["RetrievalConfig", "RetrievalLlamaConfig", "images_of"]
-
-# Heads of the attention to neighbours, as those of the rest; scanned blocks have a leading layer axis.
-CROSS_RULES = (
-    (r"blocks/cross/q/kernel", P(None, "fsdp", "tensor", None)),
-    (r"blocks/cross/kv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/cross/proj/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks_\d+/cross/q/kernel", P("fsdp", "tensor", None)),
-    (r"blocks_\d+/cross/kv/kernel", P("fsdp", None, "tensor", None)),
-    (r"blocks_\d+/cross/proj/kernel", P("tensor", None, "fsdp")),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +193,7 @@ def retrieval_stage(config: RetrievalLlamaConfig, base: Stage) -> Stage:
         data=functools.partial(data, "train"),
         eval_data=functools.partial(data, "test"),
         needs=(*base.needs, "encoder"),
-        rules=(*CROSS_RULES, *RULES),
+        rules=(*RULES, *next_scale.RULES),  # the latter for the attention to neighbours
     )
 
 
