@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from jaxgen.hosts import to_host
 from jaxgen.recipe import Stage
 from jaxgen.train.gradients import check_reducible, gradients, local_gradients
 from jaxgen.train.mesh import batch_sharding, path_name, replicated, shardings
@@ -108,7 +109,11 @@ def init_state(stage: Stage, key: PRNGKeyArray, mesh: Mesh, frozen: dict) -> Tra
       frozen: parameters of earlier stages by name, on the mesh.
     """
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh, frozen))
-    return jax.jit(lambda key, frozen: _init(stage, key, frozen), out_shardings=placed)(key, frozen)
+    made = jax.jit(lambda key, frozen: _init(stage, key, frozen), out_shardings=placed)(key, frozen)
+    if stage.fill is None:
+        return made
+    state = jax.tree.map(lambda x, place: jax.device_put(to_host(x), place), stage.fill(frozen), placed.state)
+    return made.replace(state=state)
 
 
 def make_step(
