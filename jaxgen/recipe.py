@@ -19,13 +19,15 @@ PyTree = Any
 class Stage:
     """One training run: a loss over a data source.
 
-    Every function is pure and traceable except `data` and `eval_data`.
+    Every function is pure and traceable except `data`, `eval_data`, `fill` and `check`.
 
     Attributes:
       name: names the stage's checkpoints and its rows in `metrics.jsonl`.
       steps: optimizer updates.
       init: `(key, frozen) -> (params, state)`. `params`, a dict from module names to variables, receive gradients; `state` is
         any other pytree that changes while training (codebook statistics, ...), `()` if there is none.
+      fill: `(frozen) -> state`, called in all processes alike where a training starts anew: the state with what takes reading
+        data (a database of neighbours), which `init` gives in shape alone; of arrays on the host. `None`: `init` knows all.
       loss: `(params, state, batch, key, step, frozen) -> (scalar, (metrics, state))`, with float32 scalars in `metrics`.
       optimizer: an optax transformation over `params` (clipping, schedule and weight decay included).
       data: `(shard_index, shard_count) -> grain.IterDataset` of this host's training batches (dicts of numpy arrays),
@@ -50,6 +52,7 @@ class Stage:
     loss: Callable[..., tuple[Any, tuple[dict, PyTree]]]
     optimizer: optax.GradientTransformation
     data: Callable[[int, int], Any]
+    fill: Callable[[Mapping[str, PyTree]], PyTree] | None = None
     needs: tuple[str, ...] = ()
     after_update: Callable[..., tuple[PyTree, PyTree]] | None = None
     eval_data: Callable[[int, int], Any] | None = None

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxgen.benchmark import compile_report
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train import TrainState, abstract_state, batch_sharding, make_mesh, make_step, replicated
-from jaxgen.train.gradients import has_state
 from jaxgen.train.mesh import batch_parts
 from kernels_pallas.device import describe, target
 
@@ -57,9 +56,8 @@ def update_program(
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(x) * parts, *x.shape[1:]), x.dtype, sharding=split), share)
     frozen = {name: known[name] for name in stage.needs}
     state = abstract_state(stage, mesh, frozen)
-    if reduce_dtype is not None and has_state(stage, frozen):
-        reduce_dtype = None
-    return UpdateProgram(make_step(stage, mesh, frozen, reduce_dtype=reduce_dtype), (state, batch, frozen))
+    update = make_step(stage, mesh, frozen, reduce_dtype=reduce_dtype, log=lambda line: None)
+    return UpdateProgram(update, (state, batch, frozen))
 
 
 def compile_recipe(recipe: Recipe, devices: Sequence[Any], *, batch: int = 2) -> Iterator[dict]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Index", "build_index", "check_index", "nearest"]
+__all__ = ["Index", "build_index", "check_index", "empty_index", "nearest"]
 
 
 class Index(NamedTuple):
@@ -48,20 +48,31 @@ def build_index(features: Float[np.ndarray, "m c"], labels: Int[np.ndarray, "m"]
     features = np.asarray(features, np.float32)
     if features.ndim != 2 or not features.size:
         raise ValueError(f"features {features.shape}: an index needs at least one row of numbers")
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}: expected at least 1")
     if not np.isfinite(features).all():
         raise ValueError(f"features {features.shape}: not all are finite")
     labels = np.full(len(features), -1) if labels is None else np.asarray(labels)
     if labels.shape != features.shape[:1]:
         raise ValueError(f"labels {labels.shape}: expected one for each of {len(features)} features")
-    spare = -len(features) % chunk
+    spare = _spare(len(features), chunk)
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return Index(
         jnp.asarray(np.pad(unit, ((0, spare), (0, 0)))),
         jnp.asarray(np.pad(labels.astype(np.int32), (0, spare), constant_values=-1)),
         jnp.int32(len(features)),
     )
+
+
+def empty_index(count: int, width: int, *, chunk: int = 1024) -> Index:
+    """What `build_index` makes of features [count, width], in shape; traceable."""
+    rows = count + _spare(count, chunk)
+    return Index(jnp.zeros((rows, width)), jnp.full(rows, -1, jnp.int32), jnp.int32(count))
+
+
+def _spare(count: int, chunk: int) -> int:
+    """Rows of padding."""
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least 1")
+    return -count % chunk
 
 
 def check_index(index: Index, k: int, width: int) -> None:

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int, Key
 
 __all__ = ["k_means", "representatives"]
 
+# Squared distances that differ by less are equal: how they were summed, on one device or several, is to make no difference.
+_ROUNDING = 1e-4
+
 
 def k_means(key: Key[Array, ""], points: Float[Array, "n d"], count: int, *, steps: int = 20) -> Float[Array, "k d"]:
     """Centres of clusters, by Lloyd's iterations from k-means++ seeds (Arthur & Vassilvitskii 2007).
@@ -44,7 +47,8 @@ def k_means(key: Key[Array, ""], points: Float[Array, "n d"], count: int, *, ste
 def representatives(key: Key[Array, ""], points: Float[Array, "n d"], count: int, *, steps: int = 20) -> Int[Array, "k"]:
     """For each cluster of `k_means` its point nearest to the centre; different points, whatever the clusters.
 
-    A cluster without a point of its own left takes the nearest one of another.
+    A cluster without a point of its own left takes the nearest one of another. Of points that are equally near, as both of a
+    cluster of two are, the first one is taken.
 
     Args:
       key, points, steps: see `k_means`.
@@ -58,7 +62,8 @@ def representatives(key: Key[Array, ""], points: Float[Array, "n d"], count: int
     chosen = []
     for cluster in range(count):
         taken = jnp.zeros(len(points), bool).at[jnp.array(chosen, jnp.int32)].set(True) if chosen else False
-        chosen.append(jnp.where(taken, jnp.inf, distances[:, cluster]).argmin())
+        near = jnp.where(taken, jnp.inf, distances[:, cluster])
+        chosen.append((near <= (1 + _ROUNDING) * near.min()).argmax())
     return jnp.stack(chosen)
 
 

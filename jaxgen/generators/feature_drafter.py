@@ -15,6 +15,7 @@ from jaxgen.decoding.feature_drafts import BeamDrafts, BlockDrafts
 from jaxgen.decoding.topology import RuntimeTree, Topology
 from jaxgen.decoding.verify import Rejection, Rule
 from jaxgen.nn.llama import LlamaBlock
+from jaxgen.nn.lstm import LSTM
 
 __all__ = ["BoundDrafter", "FeatureDraft", "FeatureDrafter", "embed_tokens", "unit_features"]
 
@@ -25,22 +26,6 @@ def unit_features(features: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Features of mean square 1: what drafters read and predict. The target's last norm makes the same of both."""
     features = features.astype(jnp.float32)
     return features / jnp.sqrt((features**2).mean(-1, keepdims=True) + 1e-6)
-
-
-class _Recurrence(nn.Module):
-    """One step of stacked LSTM layers; `(states, x) -> (states, states)`."""
-
-    width: int
-    layers: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, states, x):
-        new = []
-        for i in range(self.layers):
-            state, x = nn.OptimizedLSTMCell(self.width, dtype=self.dtype, name=f"lstm_{i}")(states[i], x)
-            new.append(state)
-        return tuple(new), tuple(new)
 
 
 class FeatureDrafter(nn.Module):
@@ -86,8 +71,7 @@ class FeatureDrafter(nn.Module):
             self.before = self.param("before", normal, (self.block - 1, self.width))
         self.norms = [nn.RMSNorm(epsilon=1e-5, name=f"{name}_norm") for name in ("token", "feature")]
         if self.recurrent:
-            scan = nn.scan(_Recurrence, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
-            self.lstm = scan(self.width, self.recurrent, self.dtype)
+            self.lstm = [LSTM(self.width, self.dtype) for _ in range(self.recurrent)]
         else:
             self.mix = nn.Dense(self.width, dtype=self.dtype)
         if self.compressor is not None:
@@ -141,8 +125,10 @@ class FeatureDrafter(nn.Module):
         pair = jnp.concatenate([norm(x).astype(self.dtype) for norm, x in zip(self.norms, (embedded, behind))], axis=-1)
         if not self.recurrent:
             return (), self.mix(pair)
-        _, states = self.lstm(states, pair)
-        return states, states[-1][1]
+        after = []
+        for layer, state in zip(self.lstm, states):
+            after.append(layer(pair if not after else after[-1][1], state))
+        return tuple(after), after[-1][1]
 
     def read(self, x: Float[Array, "b q d"], pos, cache: KVCache | None, mask: Bool[Array, "*b q q"]):
         """(features [b, q, d], cache) of vectors."""

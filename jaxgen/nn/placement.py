@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from kernels_pallas import current_device
 from kernels_pallas.device import Partition
 
-__all__ = ["join_heads", "place_rows", "place_stream", "split_heads"]
+__all__ = ["join_heads", "place_rows", "place_stream", "place_whole", "split_heads"]
 
 Axes = tuple[str, ...]
 
@@ -29,6 +29,12 @@ def place_rows(x: Float[Array, "b *n"]) -> Float[Array, "b *n"]:
     """x with its rows over the axes of the batch, and the rest whole."""
     partition = _partition()
     return x if partition is None else _place(partition, x)
+
+
+def place_whole(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """x, a parameter, whole on every device: gathered once before a loop, whose every step would gather it."""
+    partition = _partition()
+    return x if partition is None else jax.lax.with_sharding_constraint(x, NamedSharding(partition.mesh, P()))
 
 
 def place_stream(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:

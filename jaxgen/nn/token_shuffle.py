@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxgen.nn.adaln import layer_norm
 from jaxgen.nn.mlp import MLP
+from jaxgen.nn.placement import place_stream
 
 __all__ = ["TokenShuffle", "TokenUnshuffle", "compressed_width", "window_order"]
 
@@ -62,7 +63,7 @@ class _Mixing(nn.Module):
         init = nn.initializers.normal(self.init_std)
         for i in range(self.blocks):
             mlp = MLP(x.shape[-1], kernel_init=init, out_init=init, dtype=self.dtype, name=f"mlp_{i}")
-            x = x + mlp(layer_norm(x).astype(self.dtype)).astype(x.dtype)
+            x = place_stream(x + mlp(layer_norm(x).astype(self.dtype)).astype(x.dtype))
         return x
 
 
@@ -97,9 +98,9 @@ class TokenShuffle(_OfWindows):
     @nn.compact
     def __call__(self, x: Float[Array, "b m*s*s d"]) -> Float[Array, "b m d"]:
         """Tokens, window by window (see `window_order`) -> one vector a window."""
-        init = nn.initializers.normal(self.init_std)
+        init, x = nn.initializers.normal(self.init_std), place_stream(x)
         x = nn.Dense(compressed_width(self.width, self.window), kernel_init=init, dtype=self.dtype, name="compress")(x)
-        x = x.reshape(x.shape[0], -1, self.width)
+        x = place_stream(x.reshape(x.shape[0], -1, self.width))
         return _Mixing(self.blocks, self.init_std, self.dtype, name="mix")(x)
 
 
@@ -113,6 +114,6 @@ class TokenUnshuffle(_OfWindows):
     def __call__(self, x: Float[Array, "b m d"]) -> Float[Array, "b m*s*s d"]:
         """One vector a window -> tokens, window by window."""
         init = nn.initializers.normal(self.init_std)
-        x = _Mixing(self.blocks, self.init_std, self.dtype, name="mix")(x.astype(self.dtype))
-        x = x.reshape(x.shape[0], -1, compressed_width(self.width, self.window))
-        return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="expand")(x)
+        x = _Mixing(self.blocks, self.init_std, self.dtype, name="mix")(place_stream(x.astype(self.dtype)))
+        x = place_stream(x.reshape(x.shape[0], -1, compressed_width(self.width, self.window)))
+        return place_stream(nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="expand")(x))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from jaxgen import storage
 from jaxgen.decoding import Automaton, Settings
@@ -25,6 +26,13 @@ from jaxgen.tokenizers.bytes import END, ByteTokenizer, Codec, from_tokens
 from jaxgen.train.loop import RunConfig
 
 __all__ = ["ByteFileConfig", "likelihood", "save_files"]
+
+# Bytes and the end: one more than a number that devices divide.
+BYTE_RULES = (
+    (r"token_embed/embedding", P(None, ("fsdp", "tensor"))),
+    (r"head/kernel", P(("fsdp", "tensor"), None)),
+    *RULES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +133,7 @@ def _stage(config: ByteFileConfig) -> Stage:
         eval_loss=eval_loss,
         ema=train.ema,
         accumulate=train.accumulate,
-        rules=RULES,
+        rules=BYTE_RULES,
     )
 
 

@@ -21,6 +21,7 @@ from jaxgen.quantizers import CodebookState
 from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.image_llama import ImageLlamaConfig
+from jaxgen.recipes.next_scale import RULES
 from jaxgen.recipes.tokenizer import reviving
 from jaxgen.tokenizers.diffusion import DiffusionTokenizer
 
@@ -182,6 +183,7 @@ def diffusion_tokenizer_stage(config: DiffusionTokensConfig) -> Stage:
         eval_loss=eval_loss,
         ema=train.ema,
         accumulate=train.accumulate,
+        rules=RULES,
         notes=(f"{NO_PERCEPTUAL} (tokenizer_train.perceptual_path and .lpips_path)",) if missing else (),
     )
 

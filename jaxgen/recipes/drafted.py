@@ -221,7 +221,7 @@ def align_stage(config: AlignedConfig) -> Stage:
         needs=("generator", "draft"),
         eval_data=functools.partial(batches, "test", options.batch_size, False),
         eval_loss=eval_loss,
-        rules=((r"pool", P("data")), *RULES),
+        rules=((r"pool", P(("data", "fsdp"))), *RULES),
     )
 
 

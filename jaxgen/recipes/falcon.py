@@ -11,7 +11,7 @@ from jaxgen.decoding.topology import Topology
 from jaxgen.generators.feature_drafter import FeatureDraft, FeatureDrafter, unit_features
 from jaxgen.generators.sequence_sampler import Method
 from jaxgen.recipe import Recipe, Stage, modules
-from jaxgen.recipes.feature_drafting import DrafterConfig, distil_features
+from jaxgen.recipes.feature_drafting import RULES, DrafterConfig, distil_features
 from jaxgen.recipes.language import LanguageConfig, LanguageTrainConfig, language_stage
 
 __all__ = ["FalconConfig", "drafter_stage"]
@@ -78,4 +78,4 @@ def drafter_stage(config: FalconConfig) -> Stage:
         return {"loss": value, **metrics}
 
     stage = language_stage("drafter", model, config.data, train, loss=loss)
-    return dataclasses.replace(stage, init=init, eval_loss=eval_loss, needs=("generator",))
+    return dataclasses.replace(stage, init=init, eval_loss=eval_loss, needs=("generator",), rules=RULES)

@@ -7,13 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgen.generators.feature_drafter import FeatureDrafter, embed_tokens
 from jaxgen.objectives.glancing import feature_distillation, glance
+from jaxgen.recipes import language
 from jaxgen.recipes.fields import check_fields
 
-__all__ = ["DrafterConfig", "distil_features"]
+__all__ = ["DrafterConfig", "RULES", "distil_features"]
+
+# A decoder block as a model's, and what makes its vectors.
+RULES = (
+    (r"lstm_\d+/(input/)?kernel", P("fsdp", None, "tensor")),
+    (r"(mix|look|compressor/conv)/kernel", P("fsdp", "tensor")),
+    (r"compressor/[qkv]/kernel", P("fsdp", "tensor", None)),
+    (r"compressor/o/kernel", P("tensor", None, "fsdp")),
+    *language.RULES,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 from jaxgen import config as config_lib
 from jaxgen.data import DataConfig
 from jaxgen.generators import ImageLlama
-from jaxgen.recipe import Recipe
 from jaxgen.recipes import language
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.flexible_scales import FlexibleTokenizerConfig
@@ -22,7 +21,7 @@ from jaxgen.tokenizers import FlexibleTokenizer
 __all__ = ["ImageLlamaConfig", "ImageLlamaModelConfig", "RULES", "config_of"]
 
 # Classes are one more than a number that devices divide.
-RULES = ((r"class_embed", P()), *language.RULES, (r"(heads_before_\d+|join)/kernel", P("fsdp", "tensor")))
+RULES = ((r"class_embed", P(None, "fsdp")), *language.RULES, (r"(heads_before_\d+|join)/kernel", P("fsdp", "tensor")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +65,11 @@ class ImageLlamaConfig(NextTokenConfig):
         """The tokenizer module."""
         return self.tokenizer.build(self.data.channels)
 
+    @property
+    def rules(self) -> tuple:
+        """See `NextScaleConfig.rules`."""
+        return RULES
+
     def build_generator(self) -> ImageLlama:
         """The generator module."""
         return ImageLlama(**self._generator_fields())
@@ -73,12 +77,6 @@ class ImageLlamaConfig(NextTokenConfig):
     def _generator_fields(self) -> dict:
         fields = dict(vocab=self.tokenizer.vocab, grid=self.tokenizer.patch_nums[0], dtype=jnp.dtype(self.model.dtype))
         return dataclasses.asdict(self.model) | fields
-
-    def recipe(self) -> Recipe:
-        """The stages and the sampler."""
-        base = super().recipe()
-        stages = (dataclasses.replace(stage, rules=RULES) if stage.name == "generator" else stage for stage in base.stages)
-        return dataclasses.replace(base, stages=tuple(stages))
 
 
 def config_of(

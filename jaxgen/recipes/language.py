@@ -22,7 +22,16 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.train.loop import RunConfig
 
-__all__ = ["LanguageConfig", "LanguageModelConfig", "LanguageTrainConfig", "RULES", "language_stage", "text_sample", "tiny"]
+__all__ = [
+    "ADAPTER_RULES",
+    "RULES",
+    "LanguageConfig",
+    "LanguageModelConfig",
+    "LanguageTrainConfig",
+    "language_stage",
+    "text_sample",
+    "tiny",
+]
 
 # Heads and hidden units over "tensor", the other large axis over "fsdp". Scanned blocks have a leading layer axis.
 RULES = (
@@ -38,6 +47,12 @@ RULES = (
     (r"blocks_\d+/(in|out)/kernel", P(("fsdp", "tensor"), None)),
     (r"head/kernel", P("fsdp", "tensor")),
     (r"embed/embedding", P("tensor", "fsdp")),
+)
+
+# Of low-rank adapters, whose ranks are small.
+ADAPTER_RULES = (
+    (r"adapters/.*/a$", P(("fsdp", "tensor"), None)),
+    (r"adapters/.*/b$", P(None, ("fsdp", "tensor"))),
 )
 
 

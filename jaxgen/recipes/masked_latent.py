@@ -37,7 +37,8 @@ __all__ = [
 
 # Transformers as elsewhere, and the layers of the head that the condition enters by.
 LATENT_RULES = (
-    *(rule for rule in RULES if rule[0].startswith("blocks")),
+    *(rule for rule in RULES if "blocks" in rule[0]),
+    (r"task_ada/kernel", P("fsdp", None, "tensor")),
     (r"head/(blocks_\d+/)?(ada|cond)/kernel", P("fsdp", "tensor")),
 )
 

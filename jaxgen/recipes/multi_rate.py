@@ -21,7 +21,7 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.claims import Claim, train_all, trained
 from jaxgen.recipes.decoding_claims import compare_samplers, held_out_prompts
 from jaxgen.recipes.fields import check_fields
-from jaxgen.recipes.language import LanguageConfig, LanguageTrainConfig, language_stage
+from jaxgen.recipes.language import ADAPTER_RULES, LanguageConfig, LanguageTrainConfig, language_stage
 
 __all__ = ["EarlyExit", "FastStream", "MultiRateConfig", "compare_streams", "expert_hits", "fast_stage"]
 
@@ -142,7 +142,7 @@ def fast_stage(config: MultiRateConfig) -> Stage:
         value, metrics = measure(params, batch, frozen)
         return {"loss": value, **metrics}
 
-    fields = dict(init=init, loss=loss, eval_loss=eval_loss, needs=("generator",), rules=())
+    fields = dict(init=init, loss=loss, eval_loss=eval_loss, needs=("generator",), rules=ADAPTER_RULES)
     return language_stage("fast", model, config.data, config.fast_train, **fields)
 
 

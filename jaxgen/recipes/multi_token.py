@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from jaxgen.decoding import Coupled, Rejection, Rule
@@ -20,9 +21,12 @@ from jaxgen.recipe import Recipe, Stage, modules
 from jaxgen.recipes.claims import Claim, train_all, trained
 from jaxgen.recipes.decoding_claims import compare_samplers, held_out_prompts
 from jaxgen.recipes.fields import check_fields
-from jaxgen.recipes.language import LanguageConfig, LanguageTrainConfig, language_stage, text_sample
+from jaxgen.recipes.language import ADAPTER_RULES, LanguageConfig, LanguageTrainConfig, language_stage, text_sample
 
 __all__ = ["MaskMethod", "MultiTokenConfig", "compare_masks", "masked_inputs", "multi_token_stage"]
+
+# Adapters, and the layers of the sampler head.
+RULES = (*ADAPTER_RULES, (r"sampler/params/fc\d/kernel", P("fsdp", "tensor")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +162,7 @@ def multi_token_stage(config: MultiTokenConfig) -> Stage:
         value, metrics = measure(params, batch, key, frozen)
         return {"loss": value, **metrics}
 
-    fields = dict(init=init, loss=loss, eval_loss=eval_loss, needs=("generator",), rules=())
+    fields = dict(init=init, loss=loss, eval_loss=eval_loss, needs=("generator",), rules=RULES)
     return language_stage("multi_token", model, config.data, config.mask_train, **fields)
 
 

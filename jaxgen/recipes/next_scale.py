@@ -46,16 +46,18 @@ __all__ = [
 
 # Heads and hidden units over "tensor", the other large axis over "fsdp". Scanned blocks have a leading layer axis.
 RULES = (
-    (r"blocks/.*qkv/kernel", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks/.*/q/kernel", P(None, "fsdp", "tensor", None)),
+    (r"blocks/.*kv/kernel", P(None, "fsdp", None, "tensor", None)),
     (r"blocks/.*proj/kernel", P(None, "tensor", None, "fsdp")),
     (r"blocks/.*fc1/kernel", P(None, "fsdp", "tensor")),
     (r"blocks/.*dense/kernel", P(None, "fsdp", None, "tensor")),
     (r"blocks/.*fc2/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks_\d+/.*qkv/kernel", P("fsdp", None, "tensor", None)),
-    (r"blocks_\d+/.*proj/kernel", P("tensor", None, "fsdp")),
-    (r"blocks_\d+/.*fc1/kernel", P("fsdp", "tensor")),
-    (r"blocks_\d+/.*dense/kernel", P("fsdp", None, "tensor")),
-    (r"blocks_\d+/.*fc2/kernel", P("tensor", "fsdp")),
+    (r"(blocks|queries)_\d+/.*/q/kernel", P("fsdp", "tensor", None)),
+    (r"(blocks|queries)_\d+/.*kv/kernel", P("fsdp", None, "tensor", None)),
+    (r"(blocks|queries)_\d+/.*proj/kernel", P("tensor", None, "fsdp")),
+    (r"(blocks|queries)_\d+/.*fc1/kernel", P("fsdp", "tensor")),
+    (r"(blocks|queries)_\d+/.*dense/kernel", P("fsdp", None, "tensor")),
+    (r"(blocks|queries)_\d+/.*fc2/kernel", P("tensor", "fsdp")),
     # Several things of differing widths side by side: only the other axis can be split.
     (r"blocks/.*mixer/(in|out)/kernel", P(None, ("fsdp", "tensor"), None)),
     (r"blocks_\d+/.*mixer/(in|out)/kernel", P(("fsdp", "tensor"), None)),
@@ -197,6 +199,11 @@ class NextScaleConfig:
     def _tokenizer_fields(self) -> dict:
         dtype = jnp.dtype(self.tokenizer.dtype)
         return dataclasses.asdict(self.tokenizer) | dict(channels=self.data.channels, dtype=dtype)
+
+    @property
+    def rules(self) -> tuple:
+        """The generator's sharding table, see `Stage.rules`."""
+        return RULES
 
     def build_generator(self) -> NextScaleTransformer:
         """The generator module."""
@@ -343,7 +350,7 @@ def generator_stage(config: NextScaleConfig) -> Stage:
         eval_loss=eval_loss,
         ema=train.ema,
         accumulate=train.accumulate,
-        rules=RULES,
+        rules=config.rules,
     )
 
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from jax.sharding import PartitionSpec as P
+
 from jaxgen.decoding import Settings
 from jaxgen.generators import NextTokenSampler, NextTokenTransformer
 from jaxgen.recipe import Recipe, modules
+from jaxgen.recipes import next_scale
 from jaxgen.recipes.next_scale import NextScaleConfig
 
-__all__ = ["NextTokenConfig", "check_one_scale"]
+__all__ = ["NextTokenConfig", "RULES", "check_one_scale"]
+
+# Classes are one more than a number that devices divide.
+RULES = (
+    *next_scale.RULES,
+    (r"token_embed/embedding", P("tensor", "fsdp")),
+    (r"(class_embed/embedding|generator/params/position)$", P(None, "fsdp")),
+)
 
 
 def check_one_scale(patch_nums: tuple[int, ...]) -> None:
@@ -31,6 +41,11 @@ class NextTokenConfig(NextScaleConfig):
         check_one_scale(self.tokenizer.patch_nums)
         if self.model.shared_adaln:
             raise ValueError("model.shared_adaln=True: next-token models have one modulation a block")
+
+    @property
+    def rules(self) -> tuple:
+        """See `NextScaleConfig.rules`."""
+        return RULES
 
     def _generator_fields(self) -> dict:
         fields = super()._generator_fields() | dict(length=self.build_tokenizer().order.length)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from jaxgen.adapters import (
     Int4Module,
@@ -66,6 +67,13 @@ class Int4Config:
             if getattr(self, name) not in known:
                 raise ValueError(f"int4.{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
         check_fields("int4", self, group_size=8, damp=0, steps=0, batch_size=1)
+
+
+# Columns of kernels are rounded each by itself; Hessians are of their rows.
+RULES = (
+    (r"int4/.*/(values|scales)$", P(None, ("fsdp", "tensor"))),
+    (r"hessians/", P(("fsdp", "tensor"), None)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,4 +225,5 @@ def int4_stage(config: QuantisedConfig) -> Stage:
         after_update=after_update if options.method == "gptq" else None,
         eval_data=base.eval_data,
         eval_loss=eval_loss,
+        rules=RULES,
     )

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from jaxgen.data import DataConfig, Source, batches, make_source, pixels
 from jaxgen.decoding import Settings
 from jaxgen.generators.retrieval_llama import RetrievalLlama, RetrievalSampler, neighbours
+from jaxgen.hosts import to_host
 from jaxgen.nn.cross_attention import Context
 from jaxgen.recipe import Recipe, Stage, modules
+from jaxgen.recipes import next_scale
 from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig, feature_stage, image_features
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import RULES, ImageLlamaConfig
 from jaxgen.recipes.token_cache import check_no_cache
-from jaxgen.retrieval import Index, build_index, check_index
+from jaxgen.retrieval import Index, build_index, check_index, empty_index
 
 __all__ = ["RetrievalConfig", "RetrievalLlamaConfig", "images_of"]
-
-# Heads of the attention to neighbours, as those of the rest; scanned blocks have a leading layer axis.
-CROSS_RULES = (
-    (r"blocks/cross/q/kernel", P(None, "fsdp", "tensor", None)),
-    (r"blocks/cross/kv/kernel", P(None, "fsdp", None, "tensor", None)),
-    (r"blocks/cross/proj/kernel", P(None, "tensor", None, "fsdp")),
-    (r"blocks_\d+/cross/q/kernel", P("fsdp", "tensor", None)),
-    (r"blocks_\d+/cross/kv/kernel", P("fsdp", None, "tensor", None)),
-    (r"blocks_\d+/cross/proj/kernel", P("tensor", None, "fsdp")),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +84,11 @@ class RetrievalLlamaConfig(ImageLlamaConfig):
           ValueError: there is nothing at the path, no image of the classes, or fewer than neighbours.
         """
         classes = classes or (() if path else self.retrieval.classes)
-        images, labels = images_of(self.database_config(path), classes, self.retrieval.limit)
-        features = [_describe(self, variables["encoder"], images[i : i + 256]) for i in range(0, len(images), 256)]
-        index = build_index(np.concatenate(features), labels)
+        features, labels = [], []
+        for images, own in images_of(self.database_config(path), classes, self.retrieval.limit):
+            features.append(to_host(_describe(self, variables["encoder"], images)))
+            labels.append(own)
+        index = build_index(np.concatenate(features), np.concatenate(labels))
         check_index(index, self.retrieval.k, self.features.width)
         return index
 
@@ -120,19 +114,21 @@ def _describe(config: RetrievalLlamaConfig, variables, images):
     return image_features(config.features, variables, pixels(images))[:, 1:].mean(axis=1)
 
 
-@functools.lru_cache(maxsize=1)  # a stage's start asks several times
-def images_of(data: DataConfig, classes: tuple[int, ...], limit: int) -> tuple[np.ndarray, np.ndarray]:
+def images_of(data: DataConfig, classes: tuple[int, ...], limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(Images as held-out ones are prepared, uint8; labels) of the training split, at most `limit` of them, in one random order.
+
+    They come in parts, as they are read: all of them may be more than a host has memory for.
 
     Raises:
       ValueError: none of the classes.
     """
-    parts: list[dict] = []
-    for batch in batches(_of_classes(make_source(data, "train"), classes, data), data, batch_size=256, train=False):
-        parts.append(batch)
-        if sum(len(part["label"]) for part in parts) >= limit:
-            break
-    return tuple(np.concatenate([part[name] for part in parts])[:limit] for name in ("image", "label"))
+    source = _of_classes(make_source(data, "train"), classes, data)
+    with contextlib.closing(iter(batches(source, data, batch_size=min(256, limit), train=False))) as parts:
+        for batch in parts:
+            yield batch["image"][:limit], batch["label"][:limit]
+            limit -= len(batch["label"])
+            if limit <= 0:
+                return
 
 
 def _of_classes(source: Source, classes: tuple[int, ...], data: DataConfig) -> Source:
@@ -157,18 +153,14 @@ def retrieval_stage(config: RetrievalLlamaConfig, base: Stage) -> Stage:
 
     def init(key, frozen):
         database = config.database_config()
-        images, labels = images_of(database, config.retrieval.classes, config.retrieval.limit)
-        if len(images) < k + (not config.retrieval.path):
+        source = _of_classes(make_source(database, "train"), config.retrieval.classes, database)
+        count = min(len(source), config.retrieval.limit)
+        if count < k + (not config.retrieval.path):
             own = "" if config.retrieval.path else ", and an image is no neighbour of its own"
-            raise ValueError(f"retrieval.k={k}: the database has {len(images)} images{own}")
-        spare = -len(images) % 256
-        parts = jnp.asarray(np.pad(images, ((0, spare), (0, 0), (0, 0), (0, 0)))).reshape(-1, 256, *images.shape[1:])
-        variables = modules(frozen)["encoder"]
-        features = jax.lax.map(lambda part: _describe(config, variables, part), parts).reshape(len(images) + spare, -1)
-        features = features / jnp.linalg.norm(features, axis=-1, keepdims=True).clip(1e-12)
-        index = Index(features, jnp.asarray(np.pad(labels, (0, spare), constant_values=-1)), jnp.int32(len(images)))
+            raise ValueError(f"retrieval.k={k}: the database has {count} images{own}")
         context = generator.unconditional(1, k)
-        return {"generator": generator.init(key, context, jnp.zeros((1, generator.length), jnp.int32))}, index
+        params = {"generator": generator.init(key, context, jnp.zeros((1, generator.length), jnp.int32))}
+        return params, empty_index(count, config.features.width)
 
     def read(batch, frozen, index):
         variables = modules(frozen)
@@ -198,12 +190,13 @@ def retrieval_stage(config: RetrievalLlamaConfig, base: Stage) -> Stage:
     return dataclasses.replace(
         base,
         init=init,
+        fill=lambda frozen: config.build_database(modules(frozen)),
         loss=loss,
         eval_loss=eval_loss,
         data=functools.partial(data, "train"),
         eval_data=functools.partial(data, "test"),
         needs=(*base.needs, "encoder"),
-        rules=(*CROSS_RULES, *RULES),
+        rules=(*RULES, *next_scale.RULES),  # the latter for the attention to neighbours
     )
 
 

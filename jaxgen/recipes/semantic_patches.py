@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxgen.data import DataConfig, Preprocess, image_batches, make_source, pixels
@@ -29,16 +28,6 @@ from jaxgen.tokenizers.latents import LatentTokenizer
 from jaxgen.train.loop import RunConfig
 
 __all__ = ["SemanticModelConfig", "SemanticPatchConfig", "SemanticTrainConfig"]
-
-# As the encoder's blocks, those that predict.
-_RULES = (
-    *next_scale.RULES,
-    (r"queries_\d+/attention/q/kernel", P("fsdp", "tensor", None)),
-    (r"queries_\d+/attention/kv/kernel", P("fsdp", None, "tensor", None)),
-    (r"queries_\d+/attention/proj/kernel", P("tensor", None, "fsdp")),
-    (r"queries_\d+/mlp/fc1/kernel", P("fsdp", "tensor")),
-    (r"queries_\d+/mlp/fc2/kernel", P("tensor", "fsdp")),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +218,7 @@ def pretraining_stage(config: SemanticPatchConfig) -> Stage:
         needs=("encoder",) if train.target == "features" else (),
         eval_data=functools.partial(image_batches, config.data, train.batch_size, "test"),
         eval_loss=eval_loss,
-        rules=_RULES,
+        rules=next_scale.RULES,
         ema=train.ema,
         accumulate=train.accumulate,
     )

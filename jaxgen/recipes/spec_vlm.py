@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxgen.data.digit_captions import END, DigitCaptionConfig, DigitCaptions, digit_caption_batches
@@ -23,14 +24,22 @@ from jaxgen.nn.compression import ElasticCompressor
 from jaxgen.objectives.likelihood import cross_entropy
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.recipe import Recipe, Stage, modules
+from jaxgen.recipes import feature_drafting
 from jaxgen.recipes.feature_drafting import DrafterConfig, distil_features
 from jaxgen.recipes.fields import check_fields
-from jaxgen.recipes.language import RULES, LanguageModelConfig, LanguageTrainConfig
+from jaxgen.recipes.language import LanguageModelConfig, LanguageTrainConfig
 from jaxgen.train.loop import RunConfig
 
 __all__ = ["CaptionConfig", "CompressorConfig", "SpecVLMConfig", "TreeConfig", "VisionModelConfig", "caption_sample"]
 
 OPTIM = OptimConfig(lr=2e-3, warmup_steps=50, schedule="cosine", lr_end=0.05, clip=1.0, no_decay=("scale",))
+
+# With the layers that read the picture.
+RULES = (
+    *feature_drafting.RULES,
+    (r"convs_\d+/kernel", P(None, None, None, ("fsdp", "tensor"))),
+    (r"project/kernel", P("fsdp", "tensor")),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from jax.sharding import PartitionSpec as P
+
 from jaxgen import config as config_lib
 from jaxgen.generators import ShuffledSampler, ShuffledTransformer
 from jaxgen.nn.token_shuffle import window_order
@@ -12,9 +14,15 @@ from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
 from jaxgen.recipes.claims import Claim
 from jaxgen.recipes.fields import check_fields
-from jaxgen.recipes.next_token import NextTokenConfig
+from jaxgen.recipes.next_token import RULES, NextTokenConfig
 
 __all__ = ["ShuffleConfig", "TokenShuffleConfig", "compare_windows"]
+
+SHUFFLE_RULES = (
+    *RULES,
+    (r"shuffle/mix/mlp_\d+/fc1/kernel|shuffle/(compress|expand)/kernel", P("fsdp", "tensor")),
+    (r"shuffle/mix/mlp_\d+/fc2/kernel", P("tensor", "fsdp")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,11 @@ class TokenShuffleConfig(NextTokenConfig):
         window_order((side, side), window)
         if width % window**2:
             raise ValueError(f"shuffle.window={window}: its square must divide the model's width, {width}")
+
+    @property
+    def rules(self) -> tuple:
+        """See `NextScaleConfig.rules`."""
+        return SHUFFLE_RULES
 
     def build_generator(self) -> ShuffledTransformer:
         """The generator module."""

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgen.recipe import Stage
 from jaxgen.train.mesh import batch_parts, batch_sharding, batch_share, check_split, shardings
 
-__all__ = ["REDUCE_DTYPES", "check_batch", "check_mesh", "check_reducible", "gradients", "has_state", "local_gradients"]
+__all__ = ["REDUCE_DTYPES", "check_batch", "check_mesh", "gradients", "local_gradients", "reducible"]
 
 REDUCE_DTYPES = ("float32", "bfloat16")
 
@@ -50,7 +50,7 @@ def local_gradients(
     batch sees those of one device. Each device draws random numbers of its own.
 
     Args:
-      stage, mesh, dtype: as `check_reducible` allows.
+      stage, mesh, dtype: as `reducible` allows.
     """
 
     def local(params, state, batch, key, step, frozen):
@@ -123,24 +123,32 @@ def check_mesh(mesh: Mesh, dtype: str) -> None:
         )
 
 
-def check_reducible(stage: Stage, mesh: Mesh, frozen: dict, dtype: str) -> None:
-    """That `local_gradients` can be had.
+def reducible(
+    stage: Stage, mesh: Mesh, frozen: dict, dtype: str | None, log: Callable[[str], None] | None = None
+) -> str | None:
+    """`dtype` where `local_gradients` can be had, `None` where gradients are left to the compiler.
+
+    Args:
+      stage, mesh, frozen: as in `jaxgen.train.make_step`.
+      dtype: what is wanted.
+      log: is told of a stage that cannot follow, as it has a state that changes in training (codebook statistics), which has to
+        see whole batches; without it that is an error.
 
     Raises:
-      ValueError: as `check_mesh`, or a stage with a state that changes in training (codebook statistics), which has to see whole
-        batches, or with rules that split parameters over `data`.
+      ValueError: as `check_mesh`, such a stage, or one with rules that split parameters over `data`.
     """
+    if dtype is None:
+        return None
     check_mesh(mesh, dtype)
     params, state = jax.eval_shape(stage.init, jax.random.key(0), frozen)
     if jax.tree.leaves(state):
-        raise ValueError(f"reduce_dtype={dtype!r}: stage {stage.name!r} has a state that has to see whole batches")
+        if log is None:
+            raise ValueError(f"reduce_dtype={dtype!r}: stage {stage.name!r} has a state that has to see whole batches")
+        log(f"{stage.name}: reduce_dtype={dtype} is left out, as the stage's state has to see whole batches")
+        return None
     if any(any(place.spec) for place in jax.tree.leaves(shardings(mesh, params, stage.rules))):
         raise ValueError(f"reduce_dtype={dtype!r}: stage {stage.name!r} splits parameters over data")
-
-
-def has_state(stage: Stage, frozen: dict) -> bool:
-    """Whether something other than parameters changes while the stage is trained."""
-    return bool(jax.tree.leaves(jax.eval_shape(stage.init, jax.random.key(0), frozen)[1]))
+    return dtype
 
 
 def check_batch(stage: Stage, mesh: Mesh) -> None:

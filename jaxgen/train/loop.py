@@ -20,7 +20,7 @@ from jaxgen.data.throughput import Throughput
 from jaxgen.recipe import Recipe, Stage
 from jaxgen.train.checkpoint import Checkpoints, load_params
 from jaxgen.train.evaluation import evaluate
-from jaxgen.train.gradients import REDUCE_DTYPES, check_mesh, check_reducible, has_state
+from jaxgen.train.gradients import REDUCE_DTYPES, check_mesh
 from jaxgen.train.interrupt import Interrupted, signals
 from jaxgen.train.log import MetricsLog, Progress
 from jaxgen.train.mesh import batch_share, make_mesh, shard_batch, shardings
@@ -190,7 +190,6 @@ class _Training:
         stage, run = self.stage, self.run_config
         if stage.check is not None:
             stage.check(self.frozen)
-        self.reduce_dtype = self._reduce_dtype()
         train_state = self._start(key, data)
         step = int(train_state.step)
         self.rows.rewind(stage.name, step)
@@ -238,16 +237,6 @@ class _Training:
         self.checkpoints.wait()
         return StageResult(train_state.weights, train_state.state, step, metrics or self.last)
 
-    def _reduce_dtype(self) -> str | None:
-        """In what type gradients are summed once an update; None where that is left to the compiler."""
-        dtype = self.run_config.reduce_dtype
-        if dtype is not None and has_state(self.stage, self.frozen):
-            self.say(f"{self.stage.name}: reduce_dtype={dtype} is left out, as the stage's state has to see whole batches")
-            return None
-        if dtype is not None:
-            check_reducible(self.stage, self.mesh, self.frozen, dtype)
-        return dtype
-
     def _start(self, key: PRNGKeyArray, data: Any) -> TrainState:
         """The stage's training state, new or from its last checkpoint; `data` is moved to its place."""
         stage, step = self.stage, self.checkpoints.latest()
@@ -284,7 +273,8 @@ class _Training:
         self.say(f"{self.stage.name}: compiling the step ({size:,} parameters, mesh {dict(self.mesh.shape)})")
         start = time.monotonic()
         with saying(f"compiling the step of {self.stage.name}", every_s=_COMPILE_S, log=self.say):
-            step = make_step(self.stage, self.mesh, self.frozen, reduce_dtype=self.reduce_dtype)
+            dtype = self.run_config.reduce_dtype
+            step = make_step(self.stage, self.mesh, self.frozen, reduce_dtype=dtype, log=self.say)
             update = step.lower(train_state, batch, self.frozen).compile()
         self.say(f"{self.stage.name}: compiled in {time.monotonic() - start:.1f} s")
         return update

@@ -24,6 +24,7 @@ __all__ = [
     "batch_share",
     "batch_sharding",
     "check_split",
+    "compile_pattern",
     "make_mesh",
     "parse_mesh",
     "path_name",
@@ -101,7 +102,7 @@ def shardings(mesh: Mesh, tree: PyTree, rules: Iterable[tuple[str, P]]) -> PyTre
       >>> shardings(make_mesh(), tree, [("kernel$", P(None, "fsdp"))])["dense"]["kernel"].spec
       P(None, None)
     """
-    rules = tuple((_compiled(pattern), spec) for pattern, spec in rules)
+    rules = tuple((compile_pattern(pattern), spec) for pattern, spec in rules)
 
     def place(path, leaf):
         name = path_name(path)
@@ -111,11 +112,16 @@ def shardings(mesh: Mesh, tree: PyTree, rules: Iterable[tuple[str, P]]) -> PyTre
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _compiled(pattern: str) -> re.Pattern:
+def compile_pattern(pattern: str, where: str = "shard pattern ") -> re.Pattern:
+    """What a shard pattern is searched with.
+
+    Raises:
+      ValueError: it is no regular expression; `where` comes first.
+    """
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"shard pattern {pattern!r} is no regular expression ({error})") from error
+        raise ValueError(f"{where}{pattern!r} is no regular expression ({error})") from error
 
 
 def _fit(mesh: Mesh, name: str, shape: tuple[int, ...], spec: P) -> P:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from jax.sharding import PartitionSpec as P
 
-from jaxgen.train.mesh import AXES
+from jaxgen.train.mesh import AXES, compile_pattern
 
 __all__ = ["Rule", "check_rules", "parse_rules"]
 
@@ -35,10 +35,7 @@ def _parse(text: str) -> Rule:
     pattern, sep, entries = text.rpartition("=")
     if not sep or not pattern:
         raise ValueError(f"--shard {text!r}: expected PATTERN=AXES, such as head/kernel=fsdp,tensor")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--shard {text!r}: {pattern!r} is no regular expression ({error})") from error
+    compile_pattern(pattern, f"--shard {text!r}: ")
     spec, seen = [], []
     for entry in filter(None, entries.split(",")):
         axes = () if entry.strip() == "-" else tuple(axis.strip() for axis in entry.split("+"))

@@ -12,8 +12,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from jaxgen.hosts import to_host
 from jaxgen.recipe import Stage
-from jaxgen.train.gradients import check_reducible, gradients, local_gradients
+from jaxgen.train.gradients import gradients, local_gradients, reducible
 from jaxgen.train.mesh import batch_sharding, path_name, replicated, shardings
 from kernels_pallas import partitioned
 
@@ -108,11 +109,15 @@ def init_state(stage: Stage, key: PRNGKeyArray, mesh: Mesh, frozen: dict) -> Tra
       frozen: parameters of earlier stages by name, on the mesh.
     """
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh, frozen))
-    return jax.jit(lambda key, frozen: _init(stage, key, frozen), out_shardings=placed)(key, frozen)
+    made = jax.jit(lambda key, frozen: _init(stage, key, frozen), out_shardings=placed)(key, frozen)
+    if stage.fill is None:
+        return made
+    state = jax.tree.map(lambda x, place: jax.device_put(to_host(x), place), stage.fill(frozen), placed.state)
+    return made.replace(state=state)
 
 
 def make_step(
-    stage: Stage, mesh: Mesh, frozen: dict, *, reduce_dtype: str | None = None
+    stage: Stage, mesh: Mesh, frozen: dict, *, reduce_dtype: str | None = None, log: Callable[[str], None] | None = None
 ) -> Callable[[TrainState, PyTree, dict], tuple[TrainState, dict]]:
     """The jitted update `(train_state, batch, frozen) -> (train_state, metrics)`; the state passed in is donated.
 
@@ -126,6 +131,7 @@ def make_step(
       frozen: parameters of earlier stages by name, or their shapes.
       reduce_dtype: of the one sum of all devices' gradients in an update, "float32" or "bfloat16"; `None` leaves to the compiler
         when and in what type it sums (see `jaxgen.train.gradients`).
+      log: see `jaxgen.train.gradients.reducible`.
 
     Returns:
       A function whose metrics are the stage's, `"loss"`, `"grad_norm"` (before the optimizer's clipping) and `"finite"`
@@ -135,8 +141,7 @@ def make_step(
       ValueError: a `reduce_dtype` that the mesh or the stage does not allow; when traced, a batch that cannot be split into
         micro-batches.
     """
-    if reduce_dtype is not None:
-        check_reducible(stage, mesh, frozen, reduce_dtype)
+    reduce_dtype = reducible(stage, mesh, frozen, reduce_dtype, log)
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(stage, mesh, frozen))
 
     def update(ts: TrainState, batch: PyTree, frozen: dict) -> tuple[TrainState, dict]:

@@ -52,3 +52,10 @@ def test_representatives_differ_whatever_the_points():
         assert len(set(alike.tolist())) == 4
         assert 5 in pair.tolist()  # the odd one out is a cluster of its own
         assert sorted(every.tolist()) == list(range(6))
+
+
+def test_of_equally_near_points_the_first_is_taken():
+    """Both points of a pair are as far from its middle, but for rounding."""
+    pairs = np.random.default_rng(0).standard_normal((40, 2, 9)).astype(np.float32)
+    run = jax.jit(jax.vmap(lambda points: representatives(jax.random.key(0), points, 1)))
+    np.testing.assert_array_equal(run(pairs), np.zeros((40, 1)))

@@ -17,6 +17,11 @@ CONFIG = config_lib.override(rdm.build("smoke"), SHAPE)
 SOURCE = digits("train")
 
 
+def first_images(classes=()):
+    """All that are in the database."""
+    return map(np.concatenate, zip(*images_of(CONFIG.data, classes, 40)))
+
+
 @pytest.fixture(scope="module")
 def frozen(randomize):
     abstract = jax.eval_shape(CONFIG.build_tokenizer().init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
@@ -47,8 +52,10 @@ def test_stage(frozen, params, described):
     """An image's neighbours are the entries most like it, itself aside."""
     stage = CONFIG.recipe().stage("generator")
     assert stage.needs == ("tokenizer", "encoder")
-    _, index = jax.jit(stage.init)(jax.random.key(0), frozen)
-    images, labels = images_of(CONFIG.data, (), 40)
+    index = stage.fill(frozen)
+    _, shapes = jax.eval_shape(stage.init, jax.random.key(0), frozen)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), index) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
+    images, labels = first_images()
     assert index.count == 40 and images.shape == (40, 8, 8, 1)
     np.testing.assert_array_equal(np.asarray(index.labels)[:40], labels)
     np.testing.assert_allclose(np.asarray(index.features)[:40], described(images), atol=1e-5)
@@ -77,7 +84,7 @@ def test_databases_are_swapped_after_training(params, described, tmp_path, monke
     recipe, key, built = CONFIG.recipe(), jax.random.key(0), []
     original = type(CONFIG).build_database
     monkeypatch.setattr(type(CONFIG), "build_database", lambda *a: built.append(a[2:]) or original(*a))
-    images, labels = images_of(CONFIG.data, (), 40)
+    images, labels = first_images()
     asked = np.array([labels[0], labels[1]])
     made = recipe.sample(params, key, asked)
     assert made["images"].shape == (2, 8, 8, 1) and made["tokens"].shape == (2, 16)
@@ -88,7 +95,7 @@ def test_databases_are_swapped_after_training(params, described, tmp_path, monke
     assert built == [("", ())]  # kept for the next call
 
     some = recipe.sample(params, key, np.array([3, 5]), classes=(3, 5))
-    chosen = images_of(CONFIG.data, (3, 5), 40)[1]
+    chosen = list(first_images((3, 5)))[1]
     assert set(chosen) == {3, 5} and (chosen[np.asarray(some["neighbours"])[:, 0]] == [3, 5]).all()
     path = str(tmp_path / "inverted.npz")
     np.savez(path, x_train=255 - SOURCE.images, y_train=SOURCE.labels, x_test=SOURCE.images[:4], y_test=SOURCE.labels[:4])
@@ -109,6 +116,18 @@ def test_databases_are_swapped_after_training(params, described, tmp_path, monke
         recipe.sample(params, key, np.array([-1]), database=build_index(described(images[:2])))
 
 
+def test_a_large_database_is_read_in_parts(monkeypatch):
+    """Shapes are known without reading an image, and no more than a part of the images is there at a time."""
+    config = config_lib.override(CONFIG, ["retrieval.limit=600"])
+    read, original = [], type(SOURCE).__getitem__
+    monkeypatch.setattr(type(SOURCE), "__getitem__", lambda self, i: read.append(i) or original(self, i))
+    recipe, key = config.recipe(), jax.random.key(0)
+    frozen = {name: jax.eval_shape(recipe.stage(name).init, key, {})[0] for name in ("tokenizer", "encoder")}
+    _, index = jax.eval_shape(recipe.stage("generator").init, key, frozen)
+    assert index.features.shape == (1024, config.features.width) and not read
+    assert [len(labels) for _, labels in images_of(config.data, (), 600)] == [256, 256, 88] and read
+
+
 def test_few_images_of_few_classes(frozen):
     config = config_lib.override(CONFIG, ["retrieval.limit=4"])
     with pytest.raises(ValueError, match="retrieval.k=4: the database has 4 images, and an image is no neighbour of its own"):
@@ -117,7 +136,7 @@ def test_few_images_of_few_classes(frozen):
     batch = next(iter(config.recipe().stage("generator").data(0, 1)))
     assert set(batch["label"].tolist()) == {2, 7}
     with pytest.raises(ValueError, match=r"classes=\(1,\): the images of data.path=world are drawn"):
-        images_of(DataConfig(path="world"), (1,), 4)
+        next(images_of(DataConfig(path="world"), (1,), 4))
 
 
 @pytest.mark.parametrize("variant", rdm.VARIANTS)

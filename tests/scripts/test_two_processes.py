@@ -2,16 +2,22 @@
 
 import json
 import socket
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen.interop import inception
+from jaxgen.nn.inception import InceptionV3
 from jaxgen.train import load_params
 from jaxgen.train.mesh import path_name
 
-# Three trainings of a whole system, one of them in two processes, and each sampled and measured three times: minutes.
+# Whole systems trained, sampled and measured, again and again: minutes.
 pytestmark = pytest.mark.slow
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 MESH = ("--mesh", "data=2,fsdp=2")
 
@@ -46,13 +52,13 @@ def worlds(number):
     return [("--coordinator", place, "--num_processes", number, "--process_id", i) for i in range(number)]
 
 
-def trained(workdir):
+def trained(workdir, *stages):
     """What a training left: weights, as one device reads them, and losses.
 
     Without biases: those in front of a norm, and of attention's keys, have no gradient but rounding, whose sign Adam follows.
     """
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    weights = {stage: load_params(workdir, stage)[0] for stage in ("tokenizer", "generator", "classifier")}
+    weights = {stage: load_params(workdir, stage)[0] for stage in stages}
     leaves = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(weights)}
     return {
         "weights": {name: x for name, x in leaves.items() if not name.endswith("/bias")},
@@ -62,18 +68,24 @@ def trained(workdir):
     }
 
 
+def agree(one, two):
+    """That two trainings are the same but for rounding."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one["weights"], two["weights"])
+    assert one["steps"] == two["steps"]
+    for name in ("losses", "evaluations"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-3)
+
+
 def test_two_processes_make_what_one_makes(tmp_path, script, config_path):
     workdirs = {place: tmp_path / place.replace(" ", "_") for place in PLACES}
     for place, workdir in workdirs.items():
         edits = ("--set", "run.log_every=1", "run.eval_every=5")
         said = script(place, "train", "--config", config_path, "--variant", "smoke", "--workdir", workdir, *edits)
         assert "classifier 10/10" in said
-    two, *others = map(trained, workdirs.values())
+    two, *others = (trained(workdir, "tokenizer", "generator", "classifier") for workdir in workdirs.values())
+    assert len(two["evaluations"]) == 6
     for one in others:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one["weights"], two["weights"])
-        assert one["steps"] == two["steps"] and len(two["evaluations"]) == 6
-        for name in ("losses", "evaluations"):
-            np.testing.assert_allclose(one[name], two[name], rtol=1e-3)
+        agree(one, two)
 
     # Checkpoints of two processes, read by as many, by one process, and by one device.
     workdir, images, measures = workdirs["two processes"], {}, {}
@@ -96,3 +108,60 @@ def test_two_processes_make_what_one_makes(tmp_path, script, config_path):
         # Drawn with temperature 1: a single other token would show.
         assert np.abs(images[place] - images[one]).max() <= 1
         assert measures[place] == pytest.approx(measures[one], rel=1e-3)
+
+
+def test_text_of_two_processes(tmp_path, script):
+    """A target and its draft: trained, and texts that both made together."""
+    places, found, texts = ("two processes", "one device"), [], []
+    for place in places:
+        workdir = tmp_path / place.replace(" ", "_")
+        edits = ("--set", "run.log_every=1", "run.eval_every=4")
+        said = script(place, "train", "--config", CONFIGS / "spectr.py", "--variant", "smoke", "--workdir", workdir, *edits)
+        assert "draft 4/4" in said
+        found.append(trained(workdir, "generator", "draft"))
+    agree(*found)
+    for place in places:
+        out = tmp_path / "text.txt"
+        flags = ("--workdir", tmp_path / "two_processes", "--num", 2, "--length", 40, "--out", out)
+        said = script(place, "sample", *flags, "--prompt", "def ", "--prompt", "In the")
+        assert "4 samples" in said
+        texts.append(out.read_bytes())
+        out.unlink()
+    assert texts[0] == texts[1] and len(set(texts[0].split(b"\n" + 40 * b"-" + b"\n"))) == 4
+
+
+# Those whose samplers read arrays of all processes on the host.
+@pytest.mark.parametrize("name", ["hack", "indexmark", "rdm", "semaim", "tts_var"])
+def test_samplers_with_a_part_on_the_host(tmp_path, script, name):
+    workdir, images = tmp_path / "run", {}
+    script("one device", "train", "--config", CONFIGS / f"{name}.py", "--variant", "smoke", "--workdir", workdir)
+    for place in ("two processes", "one device"):
+        npz = tmp_path / f"{place}.npz"
+        flags = ("--labels", "0,1", "--num", 2, "--cfg", 0, "--top_p", 0, "--out", tmp_path / "g.png", "--npz", npz)
+        script(place, "sample", "--workdir", workdir, *flags)
+        with np.load(npz) as file:
+            images[place] = file["images"].astype(int)
+    assert np.abs(images["two processes"] - images["one device"]).max() <= 1
+    assert len({image.tobytes() for image in images["one device"]}) == 4
+
+
+def positive(path, x):
+    """Variances have to be."""
+    return np.abs(x) + 0.5 if path[-1].key == "var" else x
+
+
+def test_inception_scores_of_two_processes(tmp_path, script, put_weights, randomize):
+    workdir, weights, reference = tmp_path / "run", tmp_path / "inception.safetensors", tmp_path / "real.npz"
+    put_weights(workdir)
+    variables = randomize(jax.eval_shape(InceptionV3(1008).init, jax.random.key(0), jnp.zeros((1, 299, 299, 3))))
+    inception.save(weights, jax.tree_util.tree_map_with_path(positive, variables))
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    np.savez(reference, arr_0=images)
+    found = {}
+    for place in ("two processes", "one device"):
+        flags = ("--num", 10, "--batch_size", 4, "--inception", weights, "--reference", reference)
+        script(place, "evaluate", "--workdir", workdir, *flags)
+        found[place] = json.loads((workdir / "inception.json").read_text())
+        (workdir / "inception.json").unlink()
+        (workdir / "quality").rename(tmp_path / place)
+    assert found["two processes"] == pytest.approx(found["one device"], rel=1e-3)

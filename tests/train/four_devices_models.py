@@ -5,13 +5,18 @@ import math
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from configs import cspd, llamagen, var
 from jaxgen import config as config_lib
 from jaxgen.collectives import array_shapes, collectives
+from jaxgen.nn.lstm import LSTM
 from jaxgen.recipe_compile import update_program
-from jaxgen.train import init_state, make_mesh, make_step, replicated, shard_batch
+from jaxgen.recipes.feature_drafting import RULES
+from jaxgen.train import init_state, make_mesh, make_step, replicated, shard_batch, shardings, spread
+from kernels_pallas import partitioned
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longer than running
 
@@ -87,9 +92,30 @@ def alone(system, *edits):
     return stages
 
 
+def recurrence(length):
+    """An LSTM's gradients on one device and on four, and the number of collectives."""
+    module, x, state = LSTM(16), jnp.ones((BATCH, length, 8)), (jnp.zeros((BATCH, 16)),) * 2
+    params = module.init(jax.random.key(0), x, state)
+
+    def norm(params, x):
+        with partitioned(mesh):
+            return optax.global_norm(jax.grad(lambda params: jnp.square(module.apply(params, x, state)[1]).sum())(params))
+
+    found = {}
+    for spec in ("fsdp=1", "fsdp=4"):
+        mesh = make_mesh(spec, jax.devices()[: int(spec[-1])])
+        tree = {"lstm_0": params["params"]}
+        placed = {"params": jax.device_put(tree, shardings(mesh, tree, RULES))["lstm_0"]}
+        step = jax.jit(norm, out_shardings=replicated(mesh)).lower(placed, spread(mesh, x)).compile()
+        count = sum(traffic.count for traffic in collectives(step.as_text()).values())
+        found[spec] = {"norm": float(step(placed, spread(mesh, x))), "count": count}
+    return found
+
+
 systems = {"var": (var, (1, 3, 4)), "llamagen": (llamagen, (4,))}
 found = {name: run(*system) for name, system in systems.items()}
 scaled = {name: scanned(*system) for name, system in systems.items()}
 scaled["cspd"] = alone(cspd, "model.head_width=64", "model_train.repeats=4", "model_train.optim.warmup_steps=0")
 found["traffic"] = {name: [traffic(stages(n), n) for n in (2, 4)] for name, stages in scaled.items()}
+found["recurrence"] = [recurrence(length) for length in (4, 16)]
 json.dump(found, sys.stdout)

@@ -45,3 +45,11 @@ def test_traffic_of_a_device_does_not_grow_with_their_number(results, system):
     """
     two, four = results["traffic"][system]
     assert 0 < two and four <= 1.01 * two
+
+
+def test_a_recurrence_meets_the_devices_once(results):
+    """Weights are gathered and gradients summed once a sequence, not once a step."""
+    short, long = results["recurrence"]
+    assert 0 < short["fsdp=4"]["count"] == long["fsdp=4"]["count"]
+    for found in (short, long):
+        assert found["fsdp=1"]["count"] == 0 and found["fsdp=4"]["norm"] == pytest.approx(found["fsdp=1"]["norm"], rel=1e-5)
