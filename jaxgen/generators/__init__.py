@@ -46,7 +46,12 @@ from jaxgen.generators.shuffled import ShuffledSampler, ShuffledTransformer
 from jaxgen.generators.speculative_image_sampler import SpeculativeImageSampler
 from jaxgen.generators.staged_flow import StagedFlowTransformer
 from jaxgen.generators.state_space import StateSpaceModel
-from jaxgen.generators.sub_vocabulary import SubVocabularyLlama, SubVocabularySampler
+from jaxgen.generators.sub_vocabulary import (
+    MaskedSubVocabularyLlama,
+    MaskedSubVocabularySampler,
+    SubVocabularyLlama,
+    SubVocabularySampler,
+)
 from jaxgen.generators.supernet import SupernetTransformer, equidistant
 from jaxgen.generators.vision_language import VisionLanguageModel, VisionLanguageSampler
 
@@ -93,6 +98,8 @@ __all__ = [
     "LanguageModel",
     "Lookup",
     "MarkovScaleTransformer",
+    "MaskedSubVocabularyLlama",
+    "MaskedSubVocabularySampler",
     "MaskedTransformer",
     "MultiRateModel",
     "MultiTokenModel",

@@ -38,6 +38,7 @@ class NextTokenSampler:
     stop: int | None = None
 
     merged = False  # see `sample_tokens`; a fact of the class, not a field
+    weighed = "position"  # what has a guidance weight of its own
 
     def __post_init__(self):
         if self.tokenizer is None:
@@ -63,11 +64,16 @@ class NextTokenSampler:
           ValueError: labels or settings out of range, or features of another shape.
         """
         cond = self._checked(cond)
-        shape, length = np.shape(settings.cfg), self.generator.length
-        if shape not in ((), (length,)):
-            raise ValueError(f"cfg of shape {shape}: expected one weight, or {length}, one a position")
+        shape = np.shape(settings.cfg)
+        if shape not in ((), (self.weights,)):
+            raise ValueError(f"cfg of shape {shape}: expected one weight, or {self.weights}, one a {self.weighed}")
         check_settings(**settings._asdict(), vocab=self.generator.vocab)
         return self._sample(params, key, cond, Settings(*map(jnp.float32, settings)))
+
+    @property
+    def weights(self) -> int:
+        """How many guidance weights a call can be given."""
+        return self.generator.length
 
     def _checked(self, cond):
         model = self.generator
