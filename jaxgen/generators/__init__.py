@@ -33,7 +33,7 @@ from jaxgen.generators.next_x import NextXTransformer
 from jaxgen.generators.next_x_sampler import NextXSampler
 from jaxgen.generators.pivoted_latent import PivotedLatentTransformer
 from jaxgen.generators.pivoted_latent_sampler import PivotedLatentSampler
-from jaxgen.generators.prompted_llama import PromptedLlama, PromptedSampler
+from jaxgen.generators.prompted_llama import ClassCodes, PromptedLlama, PromptedSampler
 from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.refined_scale_sampler import RefinedScaleSampler
 from jaxgen.generators.retrieval_llama import RetrievalLlama, RetrievalSampler
@@ -90,6 +90,7 @@ __all__ = [
     "AxialTransformer",
     "BatchedSampler",
     "BlockDiffusionTransformer",
+    "ClassCodes",
     "CoarseToFineLlama",
     "CoarseToFineSampler",
     "DiffusionSampler",

@@ -84,9 +84,9 @@ class NextTokenSampler:
             raise ValueError(f"captions {cond.shape}: expected features [b, {model.prefix}, {model.caption_width}]")
         return cond
 
-    def conditions(self, variables, key, cond):
-        """What the generator is told, [2b, ...]: the conditions, then as many that say nothing."""
-        null = self.generator.apply(variables, cond.shape[0], method="unconditional")
+    def conditions(self, params, key, cond):
+        """What the generator is told, [2b, ...]: the conditions, then as many that say nothing; `params` as in a call."""
+        null = self.generator.apply(params["generator"], cond.shape[0], method="unconditional")
         return jnp.concatenate([cond, null.astype(cond.dtype)])
 
     def tokens(self, variables, key, cond, settings) -> Int[Array, "b l"]:
@@ -109,7 +109,7 @@ class NextTokenSampler:
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):
         variables = params["generator"]
-        tokens = self.tokens(variables, key, self.conditions(variables, key, cond), settings)
+        tokens = self.tokens(variables, key, self.conditions(params, key, cond), settings)
         tokens = self.generator.arrange(tokens)
         if self.tokenizer is None:
             return None, tokens

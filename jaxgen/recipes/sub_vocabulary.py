@@ -97,7 +97,7 @@ class SubVocabularyModelConfig(ImageLlamaModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class RevealConfig:
-    """How a masked model samples, and what it meets in training; see `MaskedSubVocabularySampler`. Causal ones have no use for it."""
+    """How a masked model samples, and what it meets in training; see `MaskedSubVocabularySampler`. Causal ones need none."""
 
     steps: int = 10
     choice_temperature: float = 1.0
