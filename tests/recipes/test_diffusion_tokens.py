@@ -1,6 +1,7 @@
 """S020 D-AR as a recipe: the loss by hand, streams and previews, published sizes, what the claim measures, what is refused."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -99,11 +100,15 @@ def test_the_tokenizer_is_aligned_with_an_encoder(params, randomize):
     state = {"codebook": CodebookState.zeros(16, 4, 256)}
     batch, key = {"image": jnp.asarray(digits("train").images[:4]), "label": jnp.zeros(4, jnp.int32)}, jax.random.key(3)
 
-    def graded(stage):
-        return jax.jit(jax.value_and_grad(lambda p: stage.loss(p, state, batch, key, 0, frozen), has_aux=True))
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def added(params):
+        """The gradient of what the alignment adds, with both losses."""
+        value, (metrics, _) = stage.loss(params, state, batch, key, 0, frozen)
+        without, _ = base.loss({"tokenizer": params["tokenizer"]}, state, batch, key, 0, {})
+        return value - without, (value, without, metrics["alignment"])
 
-    (value, (metrics, _)), grads = graded(stage)(ours)
-    (without, _), old = graded(base)(alone)
+    grads, (value, without, alignment) = jax.device_get(added(ours))
 
     @jax.jit
     def by_hand():
@@ -120,16 +125,15 @@ def test_the_tokenizer_is_aligned_with_an_encoder(params, randomize):
         x = x @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"], np.float64)
         x = x / (1 + np.exp(-x)) if i < 2 else x
     cosine = ((x * told[:, 1:]).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(told[:, 1:], axis=-1)).mean()
-    assert metrics["alignment"] == pytest.approx(cosine, abs=1e-5)
+    assert alignment == pytest.approx(cosine, abs=1e-5)
     assert value == pytest.approx(float(without) + 0.7 * (1 - cosine), rel=1e-5)
 
     # Its gradient reaches all that makes the hidden states, and not what reads them.
-    added = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), grads["tokenizer"], old["tokenizer"])["params"]
-    for name in ("patches", "queries", "encoder", "to_codes", "from_codes", "causal"):
-        assert max(jax.tree.leaves(added[name])) > 1e-6, name
-    assert max(jax.tree.leaves(added["decoder"]["blocks_1"]["mlp"])) > 1e-6
-    assert max(jax.tree.leaves(added["decoder"]["out"])) < 1e-6
-    assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads["projector"])) > 0
+    largest = jax.tree.map(lambda x: np.abs(x).max(), {"projector": grads["projector"]} | grads["tokenizer"]["params"])
+    for name in ("patches", "queries", "encoder", "to_codes", "from_codes", "causal", "projector"):
+        assert max(jax.tree.leaves(largest[name])) > 1e-4, name
+    assert max(jax.tree.leaves(largest["decoder"]["blocks_1"]["mlp"])) > 1e-4
+    assert max(jax.tree.leaves(largest["decoder"]["out"])) < 1e-6
 
 
 # Of the Llamas, in millions, as in the paper's table.
