@@ -44,10 +44,11 @@ class ClassCodes(NamedTuple):
         """
         labels = np.asarray(labels)
         if (np.diff(labels) < 0).any():
-            raise ValueError(f"labels {labels.tolist()}: expected those of a class side by side, from the first class on")
+            raise ValueError(f"labels {labels[:8]}...: expected those of a class side by side, from the first class on")
         count = np.bincount(labels, minlength=num_classes)
-        if len(count) > num_classes or count.min() < 2:
-            raise ValueError(f"images of each class {count.tolist()}: expected {num_classes} classes of at least 2 images")
+        few = int(count.argmin())
+        if len(count) > num_classes or count[few] < 2:
+            raise ValueError(f"{count[few]} images of class {few} of {len(count)}: expected {num_classes} classes of at least 2")
         first = np.concatenate([np.cumsum(count) - count, [0]])
         return cls(tokens, jnp.asarray(first), jnp.asarray(np.append(count, len(labels))))
 

@@ -112,7 +112,8 @@ def _encoded(tokenizer, variables, images) -> Int[Array, "m l"]:
 def class_prompt_stage(config: PromptedConfig, base: Stage) -> Stage:
     """Maximum likelihood of an image's tokens after those of another image of its class, drawn anew in each update.
 
-    The images are what the stage keeps beside its parameters; whoever samples encodes them again.
+    The images are what the stage keeps beside its parameters; whoever samples encodes them again. They are as held-out ones are
+    prepared: where training flips or crops, an image may meet another view of itself.
     """
     train, tokenizer, generator = config.model_train, config.build_tokenizer(), config.build_generator()
 

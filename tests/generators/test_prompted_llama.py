@@ -119,9 +119,11 @@ def test_drawn_images_of_a_class():
         others = np.asarray(BANK.draw(jax.random.key(label), labels, own))
         assert not (others == own).all(1).any()
         np.testing.assert_array_equal(others[found != inside[-1]], drawn[found != inside[-1]])
-    for labels in ([0, 0, 2, 2], [0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2, 3, 3]):
-        with pytest.raises(ValueError, match="expected 3 classes of at least 2 images"):
+    for labels, found in (([0, 0, 2, 2], "0 images of class 1 of 3"), ([0, 0, 1, 1, 2], "1 images of class 2 of 3")):
+        with pytest.raises(ValueError, match=f"{found}: expected 3 classes of at least 2"):
             ClassCodes.of(tokens[: len(labels)], labels, 3)
+    with pytest.raises(ValueError, match="2 images of class 0 of 4: expected 3 classes"):
+        ClassCodes.of(tokens[:8], [0, 0, 1, 1, 2, 2, 3, 3], 3)
     with pytest.raises(ValueError, match="expected those of a class side by side"):
         ClassCodes.of(tokens[:4], [1, 1, 0, 0], 2)
 
