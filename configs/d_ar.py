@@ -6,6 +6,8 @@
 
 A tokenizer reads an image as a row of tokens, of which each group steers one step of a flow from noise to pixels; a plain Llama
 predicts the row. `groups` stops early; `DiffusionSampler.stream` shows a preview after each group.
+`tokenizer_train.align_weight` aligns the decoder with an encoder of images: DINOv2's ViT-B/14 at 224 pixels in `paper` and `xl`,
+which `jaxgen.interop.dinov2` reads and is put into the work directory; elsewhere, where it is off, one trained without labels.
 
 Variants: `smoke` (seconds on a CPU), `small` (the digits of scikit-learn as 4 groups of 4 tokens, minutes), `mnist` (32
 pixels, from `data.path`), and the published ImageNet models `paper` (LlamaGen-L on 8 groups of 32 tokens) and `xl`. Images
@@ -17,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from configs import jpeg_lm, llamagen, var
+from configs import jpeg_lm, llamagen, semaim, var
 from jaxgen.data import DataConfig
 from jaxgen.optim import OptimConfig
 from jaxgen.recipe import Recipe
@@ -25,6 +27,7 @@ from jaxgen.recipes import claims
 from jaxgen.recipes.claims import Claim, claim_config
 from jaxgen.recipes.diffusion_token_claims import sharpening
 from jaxgen.recipes.diffusion_tokens import DiffusionTokenizerConfig, DiffusionTokenizerTrainConfig, DiffusionTokensConfig
+from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig
 from jaxgen.recipes.image_llama import ImageLlamaConfig, ImageLlamaModelConfig
 from jaxgen.recipes.next_scale import ClassifierConfig, ModelTrainConfig
 from jaxgen.train.loop import RunConfig
@@ -51,7 +54,7 @@ def build(variant: str) -> DiffusionTokensConfig:
         return _mnist()
     smoke = variant == "smoke"
     optim = OptimConfig(lr=2e-3, warmup_steps=2 if smoke else 40, schedule="cosine", lr_end=0.05, weight_decay=0.0, clip=1.0)
-    depth = 1 if smoke else 2
+    depth, (features, features_train) = 1 if smoke else 2, semaim.digit_features(variant)
     return DiffusionTokensConfig(
         data=DataConfig(path="digits", channels=1),
         tokenizer=DiffusionTokenizerConfig(
@@ -74,9 +77,13 @@ def build(variant: str) -> DiffusionTokensConfig:
             batch_size=16 if smoke else 64,
             ema=0.98,
             perceptual_weight=0.0,
+            align_after=1,
+            align_hidden=32 if smoke else 128,
             revive_every=5 if smoke else 25,
             optim=optim,
         ),
+        features=features,
+        features_train=features_train,
         model=ImageLlamaModelConfig(
             width=16 if smoke else 96, depth=2 if smoke else 3, heads=2 if smoke else 4, token_dropout=0.1, dropout=0.1
         ),
@@ -105,8 +112,17 @@ def _mnist() -> DiffusionTokensConfig:
             decoder_patch=4,
         ),
         tokenizer_train=DiffusionTokenizerTrainConfig(
-            steps=20_000, batch_size=64, ema=0.999, perceptual_weight=0.0, revive_every=50, optim=optim
+            steps=20_000,
+            batch_size=64,
+            ema=0.999,
+            perceptual_weight=0.0,
+            align_after=4,
+            align_hidden=512,
+            revive_every=50,
+            optim=optim,
         ),
+        features=FeatureConfig(width=128, depth=4, heads=4, patch=4, grid=8),
+        features_train=FeatureTrainConfig(steps=4000, optim=optim),
         model=ImageLlamaModelConfig(width=384, depth=8, heads=6),
         model_train=ModelTrainConfig(steps=12_000, batch_size=128, ema=0.999, optim=optim),
         classifier=ClassifierConfig(steps=1500, width=32),
@@ -117,8 +133,8 @@ def _mnist() -> DiffusionTokensConfig:
 def _published(size: str) -> DiffusionTokensConfig:
     """ImageNet at 256 pixels, bf16: their tokenizer's configuration, and LlamaGen's models and schedule.
 
-    The tokenizer's losses besides flow matching and codes are LPIPS here, weighted as theirs; they also have an alignment with
-    DINOv2. How long it was trained is not said in their code, whose script never ends by itself: here LlamaGen's 40 epochs.
+    The tokenizer's losses besides flow matching and codes are LPIPS and an alignment with DINOv2, placed and weighted as in their
+    scripts. How long it was trained is not said in their code, whose script never ends by itself: here LlamaGen's 40 epochs.
     """
     width, depth, heads, hidden, _ = llamagen.PUBLISHED[size]
     base = llamagen.published(width, depth, heads, hidden, 16)
@@ -129,8 +145,10 @@ def _published(size: str) -> DiffusionTokensConfig:
             steps=40 * var.IMAGENET_TRAIN // 512,
             batch_size=512,
             ema=0.9999,
+            align_weight=0.5,
             optim=OptimConfig(lr=2e-4, warmup_steps=500, schedule="constant", weight_decay=0.0, b2=0.95, clip=1.0),
         ),
+        features=FeatureConfig(positions=37, imagenet=True, dtype="bfloat16"),
         model=base.model,
         model_train=base.model_train,
         run=base.run,

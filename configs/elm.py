@@ -5,7 +5,9 @@
 
 What the paper tries is a setting here: `tokenizer.code=bernoulli` (its binary autoencoder) or `spherical` (BSQ), `tokenizer.bits`
 and `model.parts` (2 parts of 10 bits are its 2-10), and of sampling temperature, top-k, top-p and a guidance weight for each
-token. `configs/llamagen.py` has the quantiser with a codebook. The paper's masked language model is not here.
+token. `configs/llamagen.py` has the quantiser with a codebook. `model.modeling=masked` is the paper's masked language model, on
+the same blocks, embeddings and heads (theirs is told each part apart, by a head that is tied to the embeddings); `reveal.steps`
+and `reveal.choice_temperature` sample it.
 
 Variants: those of `configs/llamagen.py` with its data and budgets and a binary code; `paper` is ELM-L with 2 x 10 bits for
 ImageNet at 256 pixels, as in the authors' script, `xl` is the next; `xxl` and `2b` have 2 x 12 bits.
@@ -66,7 +68,7 @@ def binary(base: ImageLlamaConfig, *, bits: int) -> SubVocabularyConfig:
 
 
 def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Claim]:
-    """S152's claim, measured again: the same bits as one token a cell and as several.
+    """S152's claim, measured again: the same bits as one token a cell and as several, and a causal model against a masked one.
 
     Args:
       budget: "smoke" (nothing is learnt), or "small" (the digits of `demo`).

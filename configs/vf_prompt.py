@@ -4,8 +4,9 @@
     python scripts/sample.py --workdir runs/vf --labels 0,1,2 --num 8 --cfg 1 --out grid.png
 
 The prompt has as many vectors as the image has tokens. `model.prompt=learned` (the default) learns them; `model.prompt=codes`
-draws codes anew for each image, the paper's universal prompt. Paper and code were not to be had, its abstract and a reader's
-notes were.
+draws codes anew for each image, the paper's universal prompt; `model.prompt=class` takes the tokens of another image of the
+class, its class prompt, from `class_images` of the training images, which sampling reads again. Paper and code were not to be
+had, its abstract and a reader's notes were.
 
 Variants: those of `configs/llamagen.py`, with its data, sizes and budgets; `paper` is LlamaGen-B with 256 vectors.
 """
@@ -50,7 +51,7 @@ def prompted(base: ImageLlamaConfig) -> PromptedConfig:
 
 
 def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Claim]:
-    """S018's claim, measured again: a prompt of either kind against none.
+    """S018's claim, measured again: a prompt of each kind against none.
 
     Args:
       budget: "smoke" (nothing is learnt), or "small" (the digits of `demo`).

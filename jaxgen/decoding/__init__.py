@@ -19,7 +19,7 @@ from jaxgen.decoding.head_aware_cache import HeadAwareCache
 from jaxgen.decoding.hierarchical import Hierarchical, Reread, Retrieved
 from jaxgen.decoding.jacobi import Jacobi
 from jaxgen.decoding.jpeg import JpegGrammar
-from jaxgen.decoding.kernels import GuidedUnmask, Unmask, UnmaskVectors
+from jaxgen.decoding.kernels import GuidedUnmask, Unmask, UnmaskCells, UnmaskVectors
 from jaxgen.decoding.mask_drafts import MaskDrafts
 from jaxgen.decoding.masked_latents import sample_latents
 from jaxgen.decoding.masked_scale import check_passes, redraw
@@ -152,6 +152,7 @@ __all__ = [
     "Threshold",
     "Topology",
     "Unmask",
+    "UnmaskCells",
     "UnmaskVectors",
     "Verdict",
     "View",

@@ -15,7 +15,7 @@ from jaxgen.decoding.reveal import Drawn, Slots
 from jaxgen.decoding.speculate import Context, Sequences, Transform
 from jaxgen.decoding.step import Out, StepFn, View
 
-__all__ = ["GuidedUnmask", "Kernel", "Unmask", "UnmaskVectors"]
+__all__ = ["GuidedUnmask", "Kernel", "Unmask", "UnmaskCells", "UnmaskVectors"]
 
 PyTree = Any
 
@@ -66,6 +66,36 @@ class Unmask:
         seq = Sequences(slots.x, jnp.full((b,), length, jnp.int32), slots.rows)
         context = Context(seq, jnp.full((*slots.pos.shape, 1), -1, jnp.int32), slots.pos)
         return jax.nn.log_softmax(self.transform(logits, context), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmaskCells:
+    """Masked cells of n tokens are filled in whole: the tokens of a cell are drawn at once, each from its own law.
+
+    x is [b, l, n], and the model's logits are [b, w, n, v]. A cell's score is the mean of its tokens' log-probabilities (the
+    masked model of ELM, Liu et al. 2024, in the authors' code).
+
+    Attributes:
+      mask: the id that the tokens of a masked cell have; there is no logit for it.
+      parts: n.
+      transform: of the logits, such as `truncate` with its settings.
+    """
+
+    mask: int
+    parts: int
+    transform: Callable[[Float[Array, "b w n v"]], Float[Array, "b w n v"]] = lambda logits: logits.astype(jnp.float32)
+
+    def blank(self, batch, length):
+        return jnp.full((batch, length, self.parts), self.mask, jnp.int32)
+
+    def draw(self, out, slots):
+        log_p = jax.nn.log_softmax(self.transform(out.params), axis=-1)
+        noise = gumbel(slots.key, slots.rows, slots.moment, self.parts * log_p.shape[-1]).reshape(log_p.shape)
+        value = jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)
+        return Drawn(value, jnp.take_along_axis(log_p, value[..., None], axis=-1)[..., 0].mean(axis=-1))
+
+    def move(self, x, drawn, reveal):
+        return jnp.where(reveal[..., None], drawn.value, x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from jaxgen.generators.next_x import NextXTransformer
 from jaxgen.generators.next_x_sampler import NextXSampler
 from jaxgen.generators.pivoted_latent import PivotedLatentTransformer
 from jaxgen.generators.pivoted_latent_sampler import PivotedLatentSampler
-from jaxgen.generators.prompted_llama import PromptedLlama, PromptedSampler
+from jaxgen.generators.prompted_llama import ClassCodes, PromptedLlama, PromptedSampler
 from jaxgen.generators.random_order import RandomOrderTransformer
 from jaxgen.generators.refined_scale_sampler import RefinedScaleSampler
 from jaxgen.generators.retrieval_llama import RetrievalLlama, RetrievalSampler
@@ -46,7 +46,12 @@ from jaxgen.generators.shuffled import ShuffledSampler, ShuffledTransformer
 from jaxgen.generators.speculative_image_sampler import SpeculativeImageSampler
 from jaxgen.generators.staged_flow import StagedFlowTransformer
 from jaxgen.generators.state_space import StateSpaceModel
-from jaxgen.generators.sub_vocabulary import SubVocabularyLlama, SubVocabularySampler
+from jaxgen.generators.sub_vocabulary import (
+    MaskedSubVocabularyLlama,
+    MaskedSubVocabularySampler,
+    SubVocabularyLlama,
+    SubVocabularySampler,
+)
 from jaxgen.generators.supernet import SupernetTransformer, equidistant
 from jaxgen.generators.vision_language import VisionLanguageModel, VisionLanguageSampler
 
@@ -85,6 +90,7 @@ __all__ = [
     "AxialTransformer",
     "BatchedSampler",
     "BlockDiffusionTransformer",
+    "ClassCodes",
     "CoarseToFineLlama",
     "CoarseToFineSampler",
     "DiffusionSampler",
@@ -93,6 +99,8 @@ __all__ = [
     "LanguageModel",
     "Lookup",
     "MarkovScaleTransformer",
+    "MaskedSubVocabularyLlama",
+    "MaskedSubVocabularySampler",
     "MaskedTransformer",
     "MultiRateModel",
     "MultiTokenModel",

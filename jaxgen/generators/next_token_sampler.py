@@ -38,6 +38,7 @@ class NextTokenSampler:
     stop: int | None = None
 
     merged = False  # see `sample_tokens`; a fact of the class, not a field
+    weighed = "position"  # what has a guidance weight of its own
 
     def __post_init__(self):
         if self.tokenizer is None:
@@ -63,11 +64,16 @@ class NextTokenSampler:
           ValueError: labels or settings out of range, or features of another shape.
         """
         cond = self._checked(cond)
-        shape, length = np.shape(settings.cfg), self.generator.length
-        if shape not in ((), (length,)):
-            raise ValueError(f"cfg of shape {shape}: expected one weight, or {length}, one a position")
+        shape = np.shape(settings.cfg)
+        if shape not in ((), (self.weights,)):
+            raise ValueError(f"cfg of shape {shape}: expected one weight, or {self.weights}, one a {self.weighed}")
         check_settings(**settings._asdict(), vocab=self.generator.vocab)
         return self._sample(params, key, cond, Settings(*map(jnp.float32, settings)))
+
+    @property
+    def weights(self) -> int:
+        """How many guidance weights a call can be given."""
+        return self.generator.length
 
     def _checked(self, cond):
         model = self.generator
@@ -78,9 +84,9 @@ class NextTokenSampler:
             raise ValueError(f"captions {cond.shape}: expected features [b, {model.prefix}, {model.caption_width}]")
         return cond
 
-    def conditions(self, variables, key, cond):
-        """What the generator is told, [2b, ...]: the conditions, then as many that say nothing."""
-        null = self.generator.apply(variables, cond.shape[0], method="unconditional")
+    def conditions(self, params, key, cond):
+        """What the generator is told, [2b, ...]: the conditions, then as many that say nothing; `params` as in a call."""
+        null = self.generator.apply(params["generator"], cond.shape[0], method="unconditional")
         return jnp.concatenate([cond, null.astype(cond.dtype)])
 
     def tokens(self, variables, key, cond, settings) -> Int[Array, "b l"]:
@@ -103,7 +109,7 @@ class NextTokenSampler:
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):
         variables = params["generator"]
-        tokens = self.tokens(variables, key, self.conditions(variables, key, cond), settings)
+        tokens = self.tokens(variables, key, self.conditions(params, key, cond), settings)
         tokens = self.generator.arrange(tokens)
         if self.tokenizer is None:
             return None, tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,9 +17,52 @@ from jaxgen.decoding.noise import SELECT
 from jaxgen.generators.image_llama import ImageLlama
 from jaxgen.generators.next_token_sampler import NextTokenSampler
 
-__all__ = ["PromptedLlama", "PromptedSampler"]
+__all__ = ["ClassCodes", "PromptedLlama", "PromptedSampler"]
 
-KINDS = ("learned", "codes")
+KINDS = ("learned", "codes", "class")
+
+
+class ClassCodes(NamedTuple):
+    """Images as tokens, class by class: what prompts of the kind "class" are drawn from.
+
+    Attributes:
+      tokens: of m images, those of a class side by side.
+      first: where each class begins; the last entry, "no class", is all of them.
+      count: images of each.
+    """
+
+    tokens: Int[Array, "m l"]
+    first: Int[Array, "k+1"]
+    count: Int[Array, "k+1"]
+
+    @classmethod
+    def of(cls, tokens: Int[Array, "m l"], labels: Int[np.ndarray, "m"], num_classes: int) -> ClassCodes:
+        """From tokens whose labels rise.
+
+        Raises:
+          ValueError: labels that do not, or a class with fewer than two images, so that one of them has no other.
+        """
+        labels = np.asarray(labels)
+        if (np.diff(labels) < 0).any():
+            raise ValueError(f"labels {labels[:8]}...: expected those of a class side by side, from the first class on")
+        count = np.bincount(labels, minlength=num_classes)
+        few = int(count.argmin())
+        if len(count) > num_classes or count[few] < 2:
+            raise ValueError(f"{count[few]} images of class {few} of {len(count)}: expected {num_classes} classes of at least 2")
+        first = np.concatenate([np.cumsum(count) - count, [0]])
+        return cls(tokens, jnp.asarray(first), jnp.asarray(np.append(count, len(labels))))
+
+    def draw(self, key: Key[Array, ""], labels: Int[Array, "b"], own: Int[Array, "b l"] | None = None) -> Int[Array, "b l"]:
+        """An image of each label, evenly; row i's depends on the key, i and the label. Never `own`, but the one behind it."""
+        rows = jnp.arange(len(labels))
+        number = uniform(key, rows, jnp.zeros(1, jnp.int32), 1, stream=SELECT)[:, 0, 0]
+        first, count = self.first[labels], self.count[labels]
+        place = jnp.minimum((number * count).astype(jnp.int32), count - 1)
+        drawn = self.tokens[first + place]
+        if own is None:
+            return drawn
+        same = (drawn == own).all(axis=1, keepdims=True)
+        return jnp.where(same, self.tokens[first + (place + 1) % count], drawn)
 
 
 class PromptedLlama(ImageLlama):
@@ -26,7 +70,8 @@ class PromptedLlama(ImageLlama):
 
     What is learnt is p(x_i | x_<i, s_1 .. s_n, c): nothing is predicted before the prompt's end. A "learned" prompt is n vectors
     of the model's own; one of "codes" is n tokens drawn evenly from the codebook, anew for each image in training and sampling
-    (the paper's universal prompt; its class prompt, the tokens of another image of the class, is not here).
+    (the paper's universal prompt); one of "class" is the tokens of another image of the class, drawn as often (its class prompt),
+    and of any image where there is no class.
 
     The prompt lies in rows of the grid above the image, so that it is told apart by rotation. The authors published no code, and
     where they put theirs is not known; where LlamaGen puts captions, keys are 0 and no part of a prompt could be asked for.
@@ -34,7 +79,7 @@ class PromptedLlama(ImageLlama):
     Attributes:
       those of `ImageLlama`.
       prompts: n; as many as the image has tokens is a full view.
-      prompt: "learned" or "codes"; the latter is for models of classes.
+      prompt: "learned", "codes" or "class"; the last two are for models of classes.
 
     Raises:
       ValueError: no prompt, an unknown kind or one that does not fit the condition, or see `ImageLlama`.
@@ -51,8 +96,15 @@ class PromptedLlama(ImageLlama):
     def __post_init__(self):
         super().__post_init__()
         check_prompt_fields(self.prompts, self.prompt)
-        if self.prompt == "codes" and not self.num_classes:
+        if self.coded and not self.num_classes:
             raise ValueError(f"prompt={self.prompt!r}: expected a model of classes, not of captions")
+        if self.prompt == "class" and self.prompts != self.length:
+            raise ValueError(f"prompts={self.prompts}: a prompt of kind 'class' is an image, {self.length} tokens")
+
+    @property
+    def coded(self) -> bool:
+        """Whether the prompt is tokens, which stand behind the labels."""
+        return self.prompt != "learned"
 
     @property
     def told(self) -> int:
@@ -77,10 +129,15 @@ class PromptedLlama(ImageLlama):
     def __call__(self, cond, tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
         """Teacher-forced float32 logits, as in `ImageLlama`.
 
-        Where prompts are codes, `cond` is labels with prompts [b, 1 + n], or labels [b]: then prompts are drawn, in training with
-        the rng stream "dropout", otherwise always the same.
+        Where prompts are tokens, `cond` is labels with prompts [b, 1 + n]. For "codes" it may be labels [b]: then prompts are
+        drawn, in training with the rng stream "dropout", otherwise always the same.
+
+        Raises:
+          ValueError: labels without prompts of the kind "class".
         """
-        if self.prompt == "codes" and cond.ndim == 1:
+        if self.prompt == "class" and cond.ndim == 1:
+            raise ValueError(f"labels {cond.shape}: expected [b, {1 + self.prompts}], each with an image of its class as tokens")
+        if self.coded and cond.ndim == 1:
             key = self.make_rng("dropout") if train else jax.random.key(0)
             cond = jnp.concatenate([cond[:, None], self.draw(key, cond.shape[0])], axis=1)
         return super().__call__(cond, tokens, train=train)
@@ -90,15 +147,22 @@ class PromptedLlama(ImageLlama):
         numbers = uniform(key, jnp.arange(batch), jnp.arange(self.prompts), 1, stream=SELECT)[..., 0]
         return jnp.floor(numbers * self.vocab).astype(jnp.int32)
 
+    def param_shapes(self):
+        """Shapes of the parameters, without making any."""
+        if not self.coded:
+            return super().param_shapes()
+        cond, tokens = jnp.zeros((1, 1 + self.prompts), jnp.int32), jnp.zeros((1, self.length), jnp.int32)
+        return jax.eval_shape(lambda key: self.init(key, cond, tokens), jax.random.key(0))
+
     def _condition(self, cond) -> Float[Array, "b p+n d"]:
-        if self.prompt == "codes":
+        if self.coded:
             return jnp.concatenate([super()._condition(cond[:, 0]), self.token_embed(cond[:, 1:])], axis=1)
         first = super()._condition(cond)
         prompt = jnp.broadcast_to(self.prompt_embed, (len(first), *self.prompt_embed.shape))
         return jnp.concatenate([first, prompt.astype(first.dtype)], axis=1)
 
     def _last(self, cond) -> Float[Array, "b 1 d"]:
-        if self.prompt == "codes":
+        if self.coded:
             return self.token_embed(cond[:, -1:])
         return jnp.broadcast_to(self.prompt_embed[-1], (len(cond), 1, self.width))
 
@@ -117,14 +181,21 @@ def check_prompt_fields(prompts: int, prompt: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptedSampler(NextTokenSampler):
-    """`NextTokenSampler` of a `PromptedLlama`; prompts of codes come from the key, the same with and without the class."""
+    """`NextTokenSampler` of a `PromptedLlama`; prompts of tokens come from the key.
+
+    Those of "codes" are the same with and without the class. Those of "class" are drawn from `params["prompts"]`, a `ClassCodes`:
+    with the class one of its images, without any image.
+    """
 
     generator: PromptedLlama
 
-    def conditions(self, variables, key, cond):
-        """See `NextTokenSampler`; where prompts are codes they stand behind the labels."""
-        both = super().conditions(variables, key, cond)
-        if self.generator.prompt != "codes":
+    def conditions(self, params, key, cond):
+        """See `NextTokenSampler`; prompts of tokens stand behind the labels."""
+        both, kind = super().conditions(params, key, cond), self.generator.prompt
+        if kind == "learned":
             return both
-        prompts = self.generator.draw(key, cond.shape[0])
-        return jnp.concatenate([both[:, None], jnp.concatenate([prompts, prompts])], axis=1)
+        if kind == "class":
+            prompts = [params["prompts"].draw(key, labels) for labels in jnp.split(both, 2)]
+        else:
+            prompts = [self.generator.draw(key, cond.shape[0])] * 2
+        return jnp.concatenate([both[:, None], jnp.concatenate(prompts)], axis=1)

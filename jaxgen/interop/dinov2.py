@@ -3,8 +3,8 @@
     model = load(encoder="dinov2_vitb14_pretrain.pth")
     whole, patches = model.features(images)                     # images [b, 224, 224, 3] in [-1, 1]; [b, d], [b, 256, d]
 
-ViT-S, -B, -L and -g at 14 pixels a patch; those with registers are not read. DINO's ViTs of the same names, which have no layer
-scales, are.
+ViT-S, -B, -L and -g at 14 pixels a patch, with registers or without; and DINO's ViTs of the same names, which have no layer
+scales.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ __all__ = ["DINOv2", "load"]
 HEAD_SIZE = 64  # of all published models; the files do not say
 
 # Names of transformers, as regular expressions, and the authors' own.
+PREFIX = r"(?:dinov2(?:_with_registers)?\.)?"
 RENAMED = (
-    (r"(?:dinov2\.)?embeddings\.(cls_token|mask_token)", r"\1"),
-    (r"(?:dinov2\.)?embeddings\.position_embeddings", "pos_embed"),
-    (r"(?:dinov2\.)?embeddings\.patch_embeddings\.projection\.(.*)", r"patch_embed.proj.\1"),
-    (r"(?:dinov2\.)?layernorm\.(.*)", r"norm.\1"),
-    (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(.*)", r"blocks.\1.attn.\2.\3"),
-    (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.attention\.output\.dense\.(.*)", r"blocks.\1.attn.proj.\2"),
-    (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1", r"blocks.\1.ls\2.gamma"),
-    (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.mlp\.weights_in\.(.*)", r"blocks.\1.mlp.w12.\2"),
-    (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.mlp\.weights_out\.(.*)", r"blocks.\1.mlp.w3.\2"),
-    (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.(.*)", r"blocks.\1.\2"),
+    (PREFIX + r"embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
+    (PREFIX + r"embeddings\.position_embeddings", "pos_embed"),
+    (PREFIX + r"embeddings\.patch_embeddings\.projection\.(.*)", r"patch_embed.proj.\1"),
+    (PREFIX + r"layernorm\.(.*)", r"norm.\1"),
+    (PREFIX + r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(.*)", r"blocks.\1.attn.\2.\3"),
+    (PREFIX + r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(.*)", r"blocks.\1.attn.proj.\2"),
+    (PREFIX + r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (PREFIX + r"encoder\.layer\.(\d+)\.mlp\.weights_in\.(.*)", r"blocks.\1.mlp.w12.\2"),
+    (PREFIX + r"encoder\.layer\.(\d+)\.mlp\.weights_out\.(.*)", r"blocks.\1.mlp.w3.\2"),
+    (PREFIX + r"encoder\.layer\.(\d+)\.(.*)", r"blocks.\1.\2"),
 )
 
 
@@ -112,6 +113,7 @@ def load(*, encoder: str, num_heads: int | None = None, scan_layers: bool = Fals
         heads=heads,
         patch=patch,
         positions=round(places**0.5),
+        registers=shape_of(state, "register_tokens", encoder, 3)[1] if "register_tokens" in state else 0,
         channels=channels,
         mlp_ratio=ratio,
         gated_mlp=gated,
@@ -170,6 +172,7 @@ def rules(module: FeatureViT) -> tuple[Rule, ...]:
     return (
         Rule("cls_token", "cls_token", reshape((1, 1, d), (d,))),
         Rule("mask_token", "mask_token", reshape((1, d), (d,))),
+        *([Rule("register_tokens", "register_tokens", reshape((1, -1, d), (-1, d)))] if module.registers else []),
         Rule("pos_embed", "position", reshape((1, -1, d), (-1, d))),
         *conv_rules("patch_embed.proj", "patch_embed"),
         *blocks,

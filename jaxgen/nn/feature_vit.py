@@ -1,6 +1,7 @@
 """The vision transformer that describes images: a vector for the whole and one a patch, in DINOv2's layout.
 
-Oquab et al. 2023, *DINOv2: Learning Robust Visual Features without Supervision* (arXiv:2304.07193; facebookresearch/dinov2).
+Oquab et al. 2023, *DINOv2: Learning Robust Visual Features without Supervision* (arXiv:2304.07193; facebookresearch/dinov2);
+Darcet et al. 2023, *Vision Transformers Need Registers* (arXiv:2309.16588).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class FeatureViT(nn.Module):
       width, depth, heads, mlp_ratio, gated_mlp, layer_scale, scan_layers, dtype: see `ViT`.
       patch: side of a patch, in pixels.
       positions: learned positions along a side; other numbers of patches take them resampled.
+      registers: vectors without a place that the blocks see between the whole and the patches, and nobody afterwards.
       channels: C, of the images.
       mean, std: pixels pass as (x - mean) / std; one number, or one a channel.
 
@@ -45,6 +47,7 @@ class FeatureViT(nn.Module):
     heads: int
     patch: int = 14
     positions: int = 37
+    registers: int = 0
     channels: int = 3
     mlp_ratio: float = 4.0
     gated_mlp: bool = False
@@ -79,17 +82,29 @@ class FeatureViT(nn.Module):
         # As large as what patches say, so that where they lie matters from the start.
         position = self.param("position", nn.initializers.normal(0.5), (1 + self.positions**2, self.width))
         x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self._resampled(position, sides).astype(x.dtype)
-        return ViT(**fields_of(self, ViT), name="transformer")(x)
+        transformer = ViT(**fields_of(self, ViT), name="transformer")
+        if not self.registers:
+            return transformer(x)
+        registers = self.param("register_tokens", init, (self.registers, self.width)).astype(x.dtype)
+        registers = jnp.broadcast_to(registers, (len(x), *registers.shape))
+        x = transformer(jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1))
+        return jnp.concatenate([x[:, :1], x[:, 1 + self.registers :]], axis=1)
 
     def _resampled(self, position, sides: list[int]):
-        """Positions for as many patches, bicubic. The published code enlarges by (n + 0.1) / positions, not n / positions."""
+        """Positions for as many patches, bicubic, as in the published code.
+
+        With registers there are no aliases; without, there are, and the enlargement is (n + 0.1) / positions, not n / positions.
+        """
         if sides == [self.positions] * 2:
             return position
-        rows, columns = (
-            jnp.asarray(bicubic_matrix(self.positions, n, (n + 0.1) / self.positions), position.dtype) for n in sides
-        )
         grid = position[1:].reshape(self.positions, self.positions, -1)
-        grid = jnp.einsum("Hh,Ww,hwd->HWd", rows, columns, grid, precision="highest")
+        if self.registers:
+            grid = jax.image.resize(grid, (*sides, self.width), "cubic", precision="highest")
+        else:
+            rows, columns = (
+                jnp.asarray(bicubic_matrix(self.positions, n, (n + 0.1) / self.positions), position.dtype) for n in sides
+            )
+            grid = jnp.einsum("Hh,Ww,hwd->HWd", rows, columns, grid, precision="highest")
         return jnp.concatenate([position[:1], grid.reshape(-1, self.width)])
 
     def param_shapes(self):

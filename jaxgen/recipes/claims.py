@@ -208,11 +208,14 @@ def _program_costs(name: str, batch: int, fn: Callable, *args) -> dict:
     }
 
 
-def test_nats(recipe: Recipe, params: Mapping[str, Any]) -> float:
-    """Mean loss of the stage "generator" over the test images: nats a token of a system that predicts tokens."""
+def test_nats(recipe: Recipe, params: Mapping[str, Any], state: Any = ()) -> float:
+    """Mean loss of the stage "generator" over the test images: nats a token of a system that predicts tokens.
+
+    `state` is the stage's, of those that have one.
+    """
     stage = recipe.stage("generator")
     frozen = {name: params[name] for name in stage.needs}
-    evaluate = jax.jit(lambda batch: stage.eval_loss(params["generator"], (), batch, jax.random.key(0), frozen)["loss"])
+    evaluate = jax.jit(lambda batch: stage.eval_loss(params["generator"], state, batch, jax.random.key(0), frozen)["loss"])
     values, counts = np.array([(float(evaluate(batch)), len(batch["label"])) for batch in stage.eval_data(0, 1)]).T
     return float(values @ counts / counts.sum())
 

@@ -7,18 +7,23 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import einops
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from jaxgen.data import image_batches, pixels
 from jaxgen.decoding import Settings
 from jaxgen.generators.diffusion_sampler import DiffusionSampler
 from jaxgen.metrics import psnr
 from jaxgen.nn.perceptual import NO_PERCEPTUAL, load_perceptual, lpips
+from jaxgen.objectives.alignment import cosine_distance
 from jaxgen.optim import OptimConfig, adamw
 from jaxgen.quantizers import CodebookState
 from jaxgen.recipe import Recipe, Stage, modules
+from jaxgen.recipes.features import FeatureConfig, FeatureTrainConfig, feature_stage, image_features
 from jaxgen.recipes.fields import check_dtype, check_fields
 from jaxgen.recipes.image_llama import ImageLlamaConfig
 from jaxgen.recipes.next_scale import RULES
@@ -77,6 +82,9 @@ class DiffusionTokenizerTrainConfig:
       accumulate: micro-batches an update.
       ema: decay, 0 is off.
       perceptual_weight: of the LPIPS distance between an image and what the velocity points to; needs `perceptual_path`.
+      align_weight: of the mean of 1 - cos(what the decoder's patches say, what an encoder says of the image there).
+      align_after: blocks of the decoder before the patches that are compared.
+      align_hidden: width of the layers in between, which only training has.
       perceptual_path, lpips_path, revive_every, revive_threshold, optim: see `TokenizerTrainConfig`.
     """
 
@@ -87,24 +95,50 @@ class DiffusionTokenizerTrainConfig:
     perceptual_weight: float = 0.5
     perceptual_path: str = ""
     lpips_path: str = ""
+    align_weight: float = 0.0
+    align_after: int = 8
+    align_hidden: int = 2048
     revive_every: int = 100
     revive_threshold: float = 0.03
     optim: OptimConfig = OptimConfig()
 
     def __post_init__(self):
         least = dict(steps=0, batch_size=1, accumulate=1, perceptual_weight=0, revive_every=0, revive_threshold=0)
-        check_fields("tokenizer_train", self, **least, shares=("ema",))
+        align = dict(align_weight=0, align_after=1, align_hidden=1)
+        check_fields("tokenizer_train", self, **least, **align, shares=("ema",))
+
+    @property
+    def aligned(self) -> bool:
+        """Whether there is an encoder to align with."""
+        return self.steps > 0 and self.align_weight > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionTokensConfig(ImageLlamaConfig):
-    """`ImageLlamaConfig` on the tokens of a diffusion, which lie in a row."""
+    """`ImageLlamaConfig` on the tokens of a diffusion, which lie in a row.
+
+    Attributes:
+      features, features_train: the encoder that `tokenizer_train.align_weight` aligns with; without a weight there is none.
+
+    Raises:
+      ValueError: an alignment behind more blocks than the decoder has, or whose patches are not whole ones of the decoder.
+    """
 
     tokenizer: DiffusionTokenizerConfig = DiffusionTokenizerConfig()
     tokenizer_train: DiffusionTokenizerTrainConfig = DiffusionTokenizerTrainConfig()
+    features: FeatureConfig = FeatureConfig()
+    features_train: FeatureTrainConfig = FeatureTrainConfig(steps=0)
 
     def __post_init__(self):
-        """The checks of the tokenizer are its own."""
+        train, sizes = self.tokenizer_train, self.tokenizer
+        if not train.aligned:
+            return
+        if train.align_after > sizes.decoder_depth:
+            depth = f"the decoder has tokenizer.decoder_depth={sizes.decoder_depth} blocks"
+            raise ValueError(f"tokenizer_train.align_after={train.align_after}: {depth}")
+        if sizes.side // sizes.decoder_patch % self.features.grid:
+            cells = sizes.side // sizes.decoder_patch
+            raise ValueError(f"features.grid={self.features.grid}: does not divide the decoder's {cells} patches along a side")
 
     def resolve(self) -> DiffusionTokensConfig:
         """See `NextScaleConfig.resolve`."""
@@ -134,31 +168,68 @@ class DiffusionTokensConfig(ImageLlamaConfig):
 
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
-        return dataclasses.replace(super().recipe(), sample=functools.partial(_sample, self.build_sampler()))
+        base = super().recipe()
+        encoder = [feature_stage(self.features, self.features_train, self.data)] if self.tokenizer_train.aligned else []
+        return dataclasses.replace(base, stages=(*encoder, *base.stages), sample=functools.partial(_sample, self.build_sampler()))
+
+
+class FeatureProjector(nn.Module):
+    """From the decoder's patches to features of an encoder: dense, SiLU, dense, SiLU, dense (the authors' `repa_out`).
+
+    Attributes:
+      hidden: width in between.
+      width: of the features.
+    """
+
+    hidden: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b c"]:
+        for _ in range(2):
+            x = nn.silu(nn.Dense(self.hidden)(x))
+        return nn.Dense(self.width)(x)
 
 
 def diffusion_tokenizer_stage(config: DiffusionTokensConfig) -> Stage:
-    """Flow matching at random times, the codes' loss, and a perceptual distance of what the velocity points to (section 3.3)."""
+    """Flow matching at random times, the codes' loss, and a perceptual distance of what the velocity points to (section 3.3).
+
+    With `align_weight` also the alignment of the decoder's patches, averaged where they are smaller, with an encoder's (REPA, Yu
+    et al. 2025, arXiv:2410.06940, as in the authors' code). Its projection is trained beside the tokenizer.
+    """
     train, tokenizer = config.tokenizer_train, config.build_tokenizer()
+    projector = FeatureProjector(train.align_hidden, config.features.width)
 
     def init(key, frozen):
         shape = (1, *tokenizer.image_size, tokenizer.channels)
         params = {"tokenizer": tokenizer.init(key, jnp.zeros(shape))}
+        if train.aligned:
+            params["projector"] = projector.init(jax.random.fold_in(key, 1), jnp.zeros((1, tokenizer.hidden)))
         state = {"codebook": CodebookState.zeros(tokenizer.vocab, tokenizer.width, max(tokenizer.vocab, 256))}
         if train.perceptual_path:
             state["perceptual"] = load_perceptual(train.perceptual_path, train.lpips_path or None)
         return params, state
 
+    def misalignment(params, frozen, images, hidden):
+        grid = config.features.grid
+        patches = einops.reduce(hidden, "b (h p) (w q) d -> b (h w) d", "mean", h=grid, w=grid)
+        told = image_features(config.features, modules(frozen)["encoder"], images)[:, 1:]
+        return cosine_distance(projector.apply(params["projector"], patches), told).mean()
+
     def loss(params, state, batch, key, step, frozen):
         time_key, noise_key, codebook_key = jax.random.split(key, 3)
         images = pixels(batch["image"])
         u, noise = jax.random.uniform(time_key, (len(images),)), jax.random.normal(noise_key, images.shape)
-        out = tokenizer.apply(params["tokenizer"], images, u, noise)
+        out = tokenizer.apply(params["tokenizer"], images, u, noise, after=train.align_after if train.aligned else 0)
         metrics = {"flow": out.error.mean(), "vq": out.quantized.loss}
         value = metrics["flow"] + metrics["vq"]
         if train.perceptual_path:
             metrics["perceptual"] = lpips(state["perceptual"], images, out.images).mean()
             value = value + train.perceptual_weight * metrics["perceptual"]
+        if train.aligned:
+            distance = misalignment(params, frozen, images, out.hidden)
+            metrics["alignment"] = 1 - distance
+            value = value + train.align_weight * distance
         metrics["codebook_use"] = (out.quantized.counts > 0).mean()
         codebook = state["codebook"].update(out.quantized.counts, out.quantized.vectors, codebook_key)
         return value, (metrics, state | {"codebook": codebook})
@@ -178,6 +249,7 @@ def diffusion_tokenizer_stage(config: DiffusionTokensConfig) -> Stage:
         loss=loss,
         optimizer=adamw(train.optim, train.steps) if train.steps else optax.identity(),
         data=functools.partial(image_batches, config.data, train.batch_size, "train"),
+        needs=("encoder",) if train.aligned else (),
         after_update=reviving(train, tokenizer) if train.revive_every else None,
         eval_data=functools.partial(image_batches, config.data, train.batch_size, "test"),
         eval_loss=eval_loss,

@@ -37,6 +37,7 @@ class FeatureConfig:
       width, depth, heads, patch, mlp_ratio, gated_mlp, layer_scale, dtype: see `FeatureViT`.
       grid: patches along a side; images of other sizes are resampled.
       positions: see `FeatureViT`; 0 is `grid`.
+      registers: see `FeatureViT`.
       imagenet: pixels are standardised as those of ImageNet, which published encoders expect.
     """
 
@@ -46,6 +47,7 @@ class FeatureConfig:
     patch: int = 14
     grid: int = 16
     positions: int = 0
+    registers: int = 0
     mlp_ratio: float = 4.0
     gated_mlp: bool = False
     layer_scale: float = 1e-5
@@ -53,7 +55,8 @@ class FeatureConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_fields("features", self, width=1, depth=1, heads=1, patch=1, grid=1, positions=0, mlp_ratio=0.1, layer_scale=0)
+        sizes = dict(width=1, depth=1, heads=1, patch=1, grid=1, positions=0, registers=0)
+        check_fields("features", self, **sizes, mlp_ratio=0.1, layer_scale=0)
         check_dtype("features", self.dtype)
         if self.width % self.heads:
             raise ValueError(f"features.heads={self.heads} does not divide features.width={self.width}")

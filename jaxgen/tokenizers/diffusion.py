@@ -40,11 +40,13 @@ class Denoised(NamedTuple):
       error: of the velocity, squared and averaged over an image, in units of the data.
       images: the data that the velocity points to.
       quantized: of the tokens; those that the step does not read have no part in the loss.
+      hidden: the decoder's patches in its midst, where they were asked for.
     """
 
     error: Float[Array, "b"]
     images: Float[Array, "b H W C"]
     quantized: Quantized
+    hidden: Float[Array, "b h w d"] | None = None
 
 
 class DiffusionTokenizer(nn.Module):
@@ -55,8 +57,7 @@ class DiffusionTokenizer(nn.Module):
     group i alone, so that i groups give the first i steps, and from there the step's velocity points at a preview. Flow matching
     at a random time trains it all: the group of the nearest step is what the decoder is told.
 
-    The authors' blocks have gates that start at 0, and the middle of their decoder is pulled towards features of DINOv2; here
-    neither.
+    The authors' blocks have gates that start at 0; these have none.
 
     Attributes:
       side: of the images.
@@ -228,7 +229,12 @@ class DiffusionTokenizer(nn.Module):
         return Flow(flow.x - (following - now) * slope, velocity), preview
 
     def __call__(
-        self, images: Float[Array, "b H W C"], u: Float[Array, "b"] | None = None, noise: Float[Array, "b H W C"] | None = None
+        self,
+        images: Float[Array, "b H W C"],
+        u: Float[Array, "b"] | None = None,
+        noise: Float[Array, "b H W C"] | None = None,
+        *,
+        after: int = 0,
     ) -> Denoised:
         """Encodes, and denoises at one time an image, steered by the group of the step nearest to it.
 
@@ -236,6 +242,7 @@ class DiffusionTokenizer(nn.Module):
           images: in [-1, 1].
           u: times in [0, 1], before the shift; 1 is the data. None is 0.
           noise: of variance 1; None is none.
+          after: blocks of the decoder before `Denoised.hidden`; 0 leaves it out.
         """
         b = len(images)
         u = jnp.zeros(b) if u is None else u
@@ -247,9 +254,9 @@ class DiffusionTokenizer(nn.Module):
         steer = jnp.take_along_axis(vectors, group[:, None, None, None], axis=1)[:, 0]
         path, x, done = LinearFlow(), images * self.std, self._done(u)
         at = path.interpolate(x, noise, 1 - done)
-        velocity = self.decoder(at, done, steer)
+        velocity, hidden = self.decoder(at, done, steer, after) if after else (self.decoder(at, done, steer), None)
         error = jnp.square(velocity - path.velocity(x, noise)).mean(axis=(1, 2, 3)) / self.std**2
-        return Denoised(error, path.data(at, velocity, 1 - done) / self.std, quantized)
+        return Denoised(error, path.data(at, velocity, 1 - done) / self.std, quantized, hidden)
 
     def _done(self, u):
         """How far the picture has come at time u: 0 is noise, 1 the data."""

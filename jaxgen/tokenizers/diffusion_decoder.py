@@ -22,16 +22,19 @@ __all__ = ["DiffusionDecoder", "TokenSteeredBlock"]
 class TokenSteeredBlock(nn.Module):
     """A block whose modulation each patch asks for: of the time, and of what it reads in the vectors.
 
-    Attributes are those of `DiffusionDecoder`.
+    Attributes:
+      those of `DiffusionDecoder`.
+      told: whether a scan is to keep what the block leaves.
     """
 
     heads: int
     mlp_ratio: float = 4.0
+    told: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], vectors: Float[Array, "b n d"], t: Float[Array, "b"], coords):
-        """(x, None), the form that a scan wants."""
+        """(x, None or x), the form that a scan wants."""
         width = x.shape[-1]
         init = nn.initializers.xavier_uniform()
         dense = dict(kernel_init=init, dtype=self.dtype)
@@ -49,7 +52,8 @@ class TokenSteeredBlock(nn.Module):
         x = x + (gate1 * h).astype(x.dtype)
         h = (layer_norm(x) * (1 + scale2) + shift2).astype(self.dtype)
         h = MLP(round(self.mlp_ratio * width), kernel_init=init, out_init=init, dtype=self.dtype, name="mlp")(h)
-        return x + (gate2 * h).astype(x.dtype), None
+        x = x + (gate2 * h).astype(x.dtype)
+        return x, x if self.told else None
 
 
 class DiffusionDecoder(nn.Module):
@@ -77,9 +81,21 @@ class DiffusionDecoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b H W C"], t: Float[Array, "b"], vectors: Float[Array, "b n c"]
-    ) -> Float[Array, "b H W C"]:
-        """The velocity; `t` in [0, 1] is how far the picture has come, 1 is done."""
+        self, x: Float[Array, "b H W C"], t: Float[Array, "b"], vectors: Float[Array, "b n c"], after: int = 0
+    ) -> Float[Array, "b H W C"] | tuple[Float[Array, "b H W C"], Float[Array, "b h w d"]]:
+        """The velocity; with `after`, also what the patches are after so many blocks.
+
+        Args:
+          x: noisy pixels.
+          t: in [0, 1], how far the picture has come; 1 is done.
+          vectors: what is to be made of them.
+          after: 1 to `depth`, or 0.
+
+        Raises:
+          ValueError: more blocks than there are.
+        """
+        if not 0 <= after <= self.depth:
+            raise ValueError(f"after={after}: the decoder has {self.depth} blocks")
         rows, columns, channels = x.shape[1] // self.patch, x.shape[2] // self.patch, x.shape[3]
         init = nn.initializers.xavier_uniform()
         h = einops.rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
@@ -87,15 +103,18 @@ class DiffusionDecoder(nn.Module):
         vectors = layer_norm(nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="vectors")(vectors.astype(self.dtype)))
         coords = np.indices((rows, columns)).reshape(2, -1).T
         block = nn.remat(TokenSteeredBlock, prevent_cse=not self.scan_layers) if self.remat else TokenSteeredBlock
-        fields = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype)
+        fields = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, told=bool(after), dtype=self.dtype)
         if self.scan_layers:
             stack = nn.scan(
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast,) * 3, length=self.depth
             )
-            h, _ = stack(**fields, name="blocks")(h, vectors, t, coords)
+            h, hidden = stack(**fields, name="blocks")(h, vectors, t, coords)
         else:
+            hidden = []
             for i in range(self.depth):
-                h, _ = block(**fields, name=f"blocks_{i}")(h, vectors, t, coords)
+                h, left = block(**fields, name=f"blocks_{i}")(h, vectors, t, coords)
+                hidden.append(left)
         out = nn.Dense(self.patch**2 * channels, kernel_init=nn.initializers.zeros, name="out")(layer_norm(h))
         sides = dict(h=rows, w=columns, p=self.patch, q=self.patch)
-        return einops.rearrange(out, "b (h w) (p q c) -> b (h p) (w q) c", **sides)
+        velocity = einops.rearrange(out, "b (h w) (p q c) -> b (h p) (w q) c", **sides)
+        return (velocity, hidden[after - 1].reshape(len(x), rows, columns, -1)) if after else velocity

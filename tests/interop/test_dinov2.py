@@ -18,7 +18,7 @@ IMAGES = np.random.default_rng(5).uniform(-1, 1, (2, SIDE * PATCH, SIDE * PATCH,
 LARGER = np.random.default_rng(6).uniform(-1, 1, (2, 4 * PATCH, 5 * PATCH, 3)).astype(np.float32)
 
 
-def checkpoint(*, gated=False, scales=True, seed=0):
+def checkpoint(*, gated=False, scales=True, registers=0, seed=0):
     """A state dict of the authors' names, every number of which matters."""
     rng = np.random.default_rng(seed)
 
@@ -33,6 +33,8 @@ def checkpoint(*, gated=False, scales=True, seed=0):
 
     state = {"cls_token": draw(1, 1, WIDTH), "pos_embed": draw(1, 1 + SIDE**2, WIDTH), "mask_token": draw(1, WIDTH)}
     state |= {"patch_embed.proj.weight": draw(WIDTH, 3, PATCH, PATCH, scale=0.3), "patch_embed.proj.bias": draw(WIDTH)}
+    if registers:
+        state["register_tokens"] = draw(1, registers, WIDTH)
     for i in range(DEPTH):
         block = f"blocks.{i}"
         state |= norm(f"{block}.norm1") | norm(f"{block}.norm2")
@@ -64,6 +66,8 @@ def forward(state, images, position=None):
     cut = pixels.reshape(b, rows, PATCH, columns, PATCH, 3).transpose(0, 1, 3, 5, 2, 4).reshape(b, rows * columns, -1)
     x = cut @ p["patch_embed.proj.weight"].reshape(WIDTH, -1).T + p["patch_embed.proj.bias"]
     x = np.concatenate([np.broadcast_to(p["cls_token"], (b, 1, WIDTH)), x], axis=1) + position
+    registers = np.repeat(p.get("register_tokens", np.zeros((1, 0, WIDTH))), b, axis=0)
+    x = np.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
     erf = np.vectorize(math.erf)
     for i in range(DEPTH):
         block = f"blocks.{i}"
@@ -80,7 +84,8 @@ def forward(state, images, position=None):
             h = linear(h, f"{block}.mlp.fc1")
             h = linear(h * 0.5 * (1 + erf(h / np.sqrt(2))), f"{block}.mlp.fc2")
         x = x + p.get(f"{block}.ls2.gamma", 1.0) * h
-    return norm(x, "norm")
+    x = norm(x, "norm")
+    return np.concatenate([x[:, :1], x[:, 1 + registers.shape[1] :]], axis=1)
 
 
 def written(tmp_path, state, name="model.safetensors"):
@@ -95,11 +100,12 @@ def check(model, state, images, position=None):
     np.testing.assert_allclose(patches, want[:, 1:], atol=2e-5)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
-def test_features_and_round_trip(gated, tmp_path):
-    state = checkpoint(gated=gated)
+@pytest.mark.parametrize("gated, registers", [(False, 0), (True, 0), (False, 4)], ids=["gelu", "swiglu", "registers"])
+def test_features_and_round_trip(gated, registers, tmp_path):
+    state = checkpoint(gated=gated, registers=registers)
     model = dinov2.load(encoder=written(tmp_path, state), num_heads=HEADS, scan_layers=gated)
-    sizes = FeatureConfig(width=WIDTH, depth=DEPTH, heads=HEADS, patch=PATCH, grid=SIDE, gated_mlp=gated, imagenet=True)
+    sizes = dict(width=WIDTH, depth=DEPTH, heads=HEADS, patch=PATCH, grid=SIDE, registers=registers)
+    sizes = FeatureConfig(**sizes, gated_mlp=gated, imagenet=True)
     assert model.encoder.clone(scan_layers=False) == sizes.build(3)  # what a recipe's stage would make
     check(model, state, IMAGES)
     saved = str(tmp_path / "saved.safetensors")
@@ -126,13 +132,31 @@ def test_positions_of_other_sizes(tmp_path):
     check(model, state, LARGER, np.concatenate([state["pos_embed"][:, :1], grid.reshape(1, -1, WIDTH).numpy()], axis=1))
 
 
+@pytest.mark.parametrize("sides", [(4, 5), (2, 1)], ids=["enlarged", "reduced"])
+def test_positions_of_other_sizes_with_registers(sides, tmp_path):
+    """PyTorch's antialiased bicubic to a size: Keys' kernel with a = -0.5, over pixels of the smaller grid, and normalised."""
+
+    def matrix(n):
+        scale = SIDE / n
+        x = np.abs(np.arange(SIDE) + 0.5 - scale * (np.arange(n)[:, None] + 0.5)) / max(scale, 1)
+        far = -0.5 * (x**3 - 5 * x**2 + 8 * x - 4)
+        weights = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, far, 0))
+        return weights / weights.sum(1, keepdims=True)
+
+    state = checkpoint(registers=4)
+    model = dinov2.load(encoder=written(tmp_path, state), num_heads=HEADS)
+    images = np.random.default_rng(7).uniform(-1, 1, (2, sides[0] * PATCH, sides[1] * PATCH, 3)).astype(np.float32)
+    grid = np.einsum("Hh,Ww,hwd->HWd", *map(matrix, sides), state["pos_embed"][0, 1:].reshape(SIDE, SIDE, WIDTH))
+    check(model, state, images, np.concatenate([state["pos_embed"][:, :1], grid.reshape(1, -1, WIDTH)], axis=1))
+
+
 def test_names_of_transformers_and_of_dino(tmp_path):
-    state = checkpoint(gated=True)
+    state = checkpoint(gated=True, registers=4)
     layer, theirs = "encoder.layer", {}
     for name, array in state.items():
         parts = name.split(".")
-        if name in ("cls_token", "mask_token"):
-            theirs[f"embeddings.{name}"] = array
+        if name in ("cls_token", "mask_token", "register_tokens"):
+            theirs[f"dinov2_with_registers.embeddings.{name}"] = array
         elif name == "pos_embed":
             theirs["embeddings.position_embeddings"] = array
         elif parts[0] == "patch_embed":
@@ -170,11 +194,12 @@ SIZES = {"S": (384, 12, 22056576), "B": (768, 12, 86580480), "L": (1024, 24, 304
 
 @pytest.mark.parametrize("size", SIZES)
 def test_published_sizes(size):
-    """As many numbers as the published models have, but for the biases of keys."""
+    """As many numbers as the published models have, but for the biases of keys; those with registers have 4 vectors more."""
     width, depth, published = SIZES[size]
     model = FeatureViT(width=width, depth=depth, heads=width // 64, gated_mlp=size == "g", scan_layers=True)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.param_shapes()))
-    assert count == published - depth * width
+    for registers in (0, 4):
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.clone(registers=registers).param_shapes()))
+        assert count == published - depth * width + registers * width
 
 
 def test_bad_input(tmp_path):
@@ -189,8 +214,8 @@ def test_bad_input(tmp_path):
         model.features(np.zeros((1, 6, 7, 3)))
     with pytest.raises(ValueError, match=r"images \(1, 6, 6, 1\): expected \[b, H, W, 3\]"):
         model.features(np.zeros((1, 6, 6, 1)))
-    extra = written(tmp_path, state | {"register_tokens": np.zeros((1, 4, WIDTH), np.float32)})
-    with pytest.raises(ValueError, match="unknown names: register_tokens"):
+    extra = written(tmp_path, state | {"storage_tokens": np.zeros((1, 4, WIDTH), np.float32)})
+    with pytest.raises(ValueError, match="unknown names: storage_tokens"):
         dinov2.load(encoder=extra, num_heads=HEADS)
     less = written(tmp_path, {name: x for name, x in state.items() if name != "blocks.0.ls2.gamma"})
     with pytest.raises(ValueError, match=r"missing: transformer/blocks_0/gamma2 \(blocks.0.ls2.gamma\)"):

@@ -93,6 +93,7 @@ def test_every_variant_builds_and_survives_json(variant):
     [
         ("align.after=3", "align.after=3: the model has model.depth=2 blocks"),
         ("align.after=0", "align.after=0"),
+        ("features.registers=-1", "features.registers=-1: expected at least 0"),
         ("align.weight=-1", "align.weight=-1"),
         ("model.scan_layers=true", "model.scan_layers=True: hidden states between blocks"),
         ("tokenizer.patch_nums=2,4", "next-token models take one scale"),

@@ -1,6 +1,7 @@
 """S020 D-AR as a recipe: the loss by hand, streams and previews, published sizes, what the claim measures, what is refused."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -80,6 +81,61 @@ def test_the_tokenizer_stage(params):
     assert "perceptual" in warned.notes[0]
 
 
+@pytest.mark.numeric
+def test_the_tokenizer_is_aligned_with_an_encoder(params, randomize):
+    """By hand: patches of the decoder's midst, averaged where they are smaller, projected, and their angles to the features."""
+    edits = "tokenizer.decoder_depth=2 features.grid=2 features.patch=4 tokenizer_train.align_weight=0.7"
+    config = config_lib.override(CONFIG, [*edits.split(), "tokenizer_train.align_after=2"])
+    plain = config_lib.override(config, ["tokenizer_train.align_weight=0"])
+    assert [stage.name for stage in plain.recipe().stages] == [stage.name for stage in CONFIG.recipe().stages]
+    assert [stage.name for stage in config.recipe().stages][:3] == ["encoder", "tokenizer", "generator"]
+    stage, base, tokenizer = config.recipe().stage("tokenizer"), plain.recipe().stage("tokenizer"), config.build_tokenizer()
+    assert stage.needs == ("encoder",) and base.needs == ()
+    encoder = jax.eval_shape(config.recipe().stage("encoder").init, jax.random.key(0), {})[0]["encoder"]
+    frozen = {"encoder": {"encoder": jax.device_put(randomize(encoder, seed=5))}}
+    shapes, state = jax.eval_shape(stage.init, jax.random.key(0), frozen)
+    ours = jax.device_put(randomize(shapes, seed=6))
+    alone = {"tokenizer": ours["tokenizer"]}
+    assert jax.tree.structure(jax.eval_shape(base.init, jax.random.key(0), {})[0]) == jax.tree.structure(alone)
+    state = {"codebook": CodebookState.zeros(16, 4, 256)}
+    batch, key = {"image": jnp.asarray(digits("train").images[:4]), "label": jnp.zeros(4, jnp.int32)}, jax.random.key(3)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def added(params):
+        """The gradient of what the alignment adds, with both losses."""
+        value, (metrics, _) = stage.loss(params, state, batch, key, 0, frozen)
+        without, _ = base.loss({"tokenizer": params["tokenizer"]}, state, batch, key, 0, {})
+        return value - without, (value, without, metrics["alignment"])
+
+    grads, (value, without, alignment) = jax.device_get(added(ours))
+
+    @jax.jit
+    def by_hand():
+        time_key, noise_key, _ = jax.random.split(key, 3)
+        u, noise = jax.random.uniform(time_key, (4,)), jax.random.normal(noise_key, (4, 8, 8, 1))
+        images = pixels(batch["image"])  # as large as the encoder's patches
+        hidden = tokenizer.apply(ours["tokenizer"], images, u, noise, after=2).hidden
+        return hidden, config.features.build(1).apply(frozen["encoder"]["encoder"], images)
+
+    hidden, told = (np.asarray(x, np.float64) for x in by_hand())
+    x = hidden.reshape(4, 2, 2, 2, 2, 16).mean((2, 4)).reshape(4, 4, 16)
+    for i in range(3):
+        layer = ours["projector"]["params"][f"Dense_{i}"]
+        x = x @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"], np.float64)
+        x = x / (1 + np.exp(-x)) if i < 2 else x
+    cosine = ((x * told[:, 1:]).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(told[:, 1:], axis=-1)).mean()
+    assert alignment == pytest.approx(cosine, abs=1e-5)
+    assert value == pytest.approx(float(without) + 0.7 * (1 - cosine), rel=1e-5)
+
+    # Its gradient reaches all that makes the hidden states, and not what reads them.
+    largest = jax.tree.map(lambda x: np.abs(x).max(), {"projector": grads["projector"]} | grads["tokenizer"]["params"])
+    for name in ("patches", "queries", "encoder", "to_codes", "from_codes", "causal", "projector"):
+        assert max(jax.tree.leaves(largest[name])) > 1e-4, name
+    assert max(jax.tree.leaves(largest["decoder"]["blocks_1"]["mlp"])) > 1e-4
+    assert max(jax.tree.leaves(largest["decoder"]["out"])) < 1e-6
+
+
 # Of the Llamas, in millions, as in the paper's table.
 PUBLISHED_M = {"paper": 343, "xl": 775}
 
@@ -99,6 +155,13 @@ def test_every_variant_builds_and_survives_json(variant):
         assert size / 1e6 == pytest.approx(300, rel=0.02)  # of the tokenizer, as the authors say
         other = llamagen.build({"paper": "large", "xl": "xl"}[variant])
         assert config.model == other.model and config.model_train == other.model_train
+        train, encoder = config.tokenizer_train, config.features.build(3)
+        assert train.aligned and (train.align_weight, train.align_after, train.align_hidden) == (0.5, 8, 2048)
+        assert (encoder.patch, encoder.positions, config.features.grid, encoder.width) == (14, 37, 16, 768)
+    else:
+        assert not config.tokenizer_train.aligned
+        aligned = config_lib.override(config, ["tokenizer_train.align_weight=0.5"])
+        assert aligned.recipe().stage("encoder").steps == config.features_train.steps > 0
 
 
 def test_the_claim_compares_equals(monkeypatch):
@@ -145,11 +208,14 @@ def test_what_is_measured_of_previews(params, monkeypatch):
         ("tokenizer.std=0", "tokenizer.std=0"),
         ("tokenizer.dtype=int8", "tokenizer.dtype='int8'"),
         ("tokenizer_train.revive_every=-1", "tokenizer_train.revive_every=-1"),
+        ("tokenizer_train.align_weight=-1", "tokenizer_train.align_weight=-1"),
+        ("tokenizer_train.align_weight=1 tokenizer_train.align_after=2", "align_after=2: the decoder has tokenizer.decoder_d"),
+        ("tokenizer_train.align_weight=1 features.grid=3", "features.grid=3: does not divide the decoder's 4 patches"),
     ],
 )
 def test_bad_configurations(edit, message):
     with pytest.raises(ValueError, match=message):
-        config_lib.override(CONFIG, [edit])
+        config_lib.override(CONFIG, edit.split())
 
 
 def test_what_does_not_fit_the_data():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgen.tokenizers.diffusion import DiffusionTokenizer
+from jaxgen.tokenizers.diffusion_decoder import DiffusionDecoder
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
 
@@ -154,3 +155,30 @@ def test_bad_input(variables):
             TOKENIZER.apply(variables, tokens, method="decode")
     with pytest.raises(ValueError, match=r"images \(3, 6, 6, 1\): expected \[b, 4, 4, 1\]"):
         TOKENIZER.apply(variables, np.zeros((3, 6, 6, 1)), method="encode")
+
+
+def test_what_the_decoder_says_in_its_midst(randomize):
+    """The same with scanned blocks, from the same parameters; the velocity does not change, and later blocks have no part."""
+    sizes = dict(patch=2, width=16, heads=2, depth=3)
+    unrolled, scanned = DiffusionDecoder(**sizes), DiffusionDecoder(**sizes, scan_layers=True, remat=True)
+    vectors = np.random.default_rng(2).standard_normal((3, 2, 16)).astype(np.float32)
+    inputs = IMAGES, np.array([0.1, 0.5, 0.9], np.float32), vectors
+    params = jax.device_put(randomize(jax.eval_shape(unrolled.init, jax.random.key(0), *inputs)))["params"]
+    blocks = [params[f"blocks_{i}"] for i in range(3)]
+    stacked = {name: x for name, x in params.items() if not name.startswith("blocks")}
+    stacked["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
+    changed = params | {"blocks_2": jax.tree.map(lambda x: 2 * x, blocks[2])}
+    run = jax.jit(
+        lambda model, p, some: [model.apply({"params": p}, *inputs, after) for after in some], static_argnums=(0, 2)
+    )
+    velocity, *told = run(unrolled, params, (0, 1, 2, 3))
+    other = run(unrolled, changed, (0, 1, 2, 3))[1:]
+    assert all(np.allclose(x, y) for (_, x), (_, y) in zip(told[:2], other)) and not np.allclose(told[2][1], other[2][1])
+    for got, hidden in told:
+        assert hidden.shape == (3, 2, 2, 16)
+        np.testing.assert_allclose(got, velocity, atol=1e-6)
+    assert all(np.abs(told[i][1] - told[i + 1][1]).max() > 1e-3 for i in range(2))
+    for want, got in zip((velocity, *told[1]), (lambda x: (x[0], *x[1]))(run(scanned, stacked, (0, 2)))):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(ValueError, match="after=4: the decoder has 3 blocks"):
+        run(unrolled, params, (4,))
