@@ -66,7 +66,7 @@ def _published() -> ByteClipConfig:
     """The Llama 2 7B of `jpeg_lm`, a clip of five seconds a row."""
     images = jpeg_lm.build("paper")
     return ByteClipConfig(
-        data=ClipConfig(path="clips.npz", frames=15, every=8, height=144, width=256, workers=8),
+        data=ClipConfig(path="clips.npz", labelled=False, frames=15, every=8, height=144, width=256, workers=8),
         codec=ClipCodecConfig(length=32768, quantiser=37, restart=1),
         model=dataclasses.replace(images.model, num_classes=1),
         model_train=dataclasses.replace(images.model_train, batch_size=128),
