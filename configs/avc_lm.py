@@ -11,9 +11,9 @@ of 16 after 1,200 updates of `small`, none of 12 after 300 of `films`. S016's cl
 
 Variants: `smoke` (seconds on a CPU), `small` (handwritten digits that move, 4 frames of 16 x 32 pixels, minutes on a CPU),
 `films` (the films of an npz file, each a class: `--set data.path=clips.npz`), and `paper`: Llama 2 7B on 15 frames of 144 x 256
-pixels, of 3 a second (of films with 24), at quantiser 37. Byte pairs make the paper's vocabulary one of 1,024; here a token is a
-byte, and the paper's clips have no classes. A slice for each macroblock, the vocabulary and the window of 32,768 tokens are as a
-reproduction of the paper has them, and the schedule is Llama 2's, since the paper's own tables were not to be had.
+pixels, of 3 a second (of films with 24), at quantiser 37, with 768 byte pairs beside the bytes (`codec.merges`) and no classes. A
+slice for each macroblock, the vocabulary and the window of 32,768 tokens are as a reproduction of the paper has them, and the
+schedule is Llama 2's, since the paper's own tables were not to be had.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _published() -> ByteClipConfig:
     images = jpeg_lm.build("paper")
     return ByteClipConfig(
         data=ClipConfig(path="clips.npz", labelled=False, frames=15, every=8, height=144, width=256, workers=8),
-        codec=ClipCodecConfig(length=32768, quantiser=37, restart=1),
+        codec=ClipCodecConfig(length=32768, merges=768, quantiser=37, restart=1),
         model=dataclasses.replace(images.model, num_classes=1),
         model_train=dataclasses.replace(images.model_train, batch_size=128),
         run=images.run,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.decoding import H264Grammar
+from jaxgen.decoding import FileTokens, H264Grammar
 from jaxgen.tokenizers.bytes import END, from_tokens, to_tokens
+from jaxgen.tokenizers.pairs import BYTES
 from jaxgen.tokenizers.video import H264Codec
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
@@ -26,6 +27,10 @@ def parses(headers, data):
     if any(not body.strip(b"\0") or body.endswith(b"\0") for body in bodies):
         return False
     return not any(re.search(rb"\x00\x00[\x00\x02]|\x00\x00\x03[^\x00-\x03]|\x00\x00\x03$", unit, re.S) for unit in units)
+
+
+def automaton(headers, length):
+    return FileTokens(H264Grammar(headers=headers), length, BYTES.pieces, 257)
 
 
 def follow(grammar):
@@ -54,7 +59,7 @@ def test_accepts_streams_and_refuses_what_is_none():
     good = b"\0\0\1".join([HEADERS[0] + b"\0\7\0\0\3\1", HEADERS[1] + b"\5", HEADERS[2] + b"\0\0\3\0\1"])
     files = [good, good[:-1], good + b"\0", good.replace(b"\x9a", b"\x9b"), good + b"\0\0\1\x41\5", good[2:], *streams(rng, 3000)]
     want = np.array([parses(HEADERS, file) for file in files])
-    allowed, _ = follow(H264Grammar(headers=HEADERS, length=LENGTH))(np.stack([to_tokens(file, LENGTH) for file in files]))
+    allowed, _ = follow(automaton(HEADERS, LENGTH))(np.stack([to_tokens(file, LENGTH) for file in files]))
     tokens = np.stack([to_tokens(file, LENGTH) for file in files])
     ok = np.take_along_axis(np.asarray(allowed), tokens[..., None], -1)[..., 0].all(-1)
     wrong = [files[i] for i in np.flatnonzero(ok != want)]
@@ -84,9 +89,9 @@ def draws(grammar, seed):
 def test_what_is_allowed_always_leads_to_a_stream(spare):
     """With no more room than the shortest stream has, and with more; zeros and ones are likely."""
     least = sum(len(header) + 1 for header in HEADERS) + 3 * (len(HEADERS) - 1)
-    with pytest.raises(ValueError, match=f"length={least - 1}: the shortest stream has {least} tokens"):
-        H264Grammar(headers=HEADERS, length=least - 1)
-    files = draws(H264Grammar(headers=HEADERS, length=least + spare), seed=spare)
+    with pytest.raises(ValueError, match=f"length={least - 1}: the shortest file has {least} bytes"):
+        automaton(HEADERS, least - 1)
+    files = draws(automaton(HEADERS, least + spare), seed=spare)
     assert all(parses(HEADERS, file) for file in files)
     assert max(map(len, files)) == least + spare
 
@@ -95,7 +100,7 @@ def test_random_streams_open():
     """Of a codec's headers: an ordinary reader shows all pictures of most, though their bits are random."""
     pytest.importorskip("av", reason="H.264 needs PyAV: pip install 'jaxgen[video]'")
     codec = H264Codec(frames=3, height=16, width=32, restart=1)
-    files = draws(H264Grammar(headers=codec.headers, length=120), seed=5)
+    files = draws(automaton(codec.headers, 120), seed=5)
     assert all(parses(codec.headers, file) for file in files)
     opened = np.mean([codec.opens(codec.file(file)) for file in files])
     free = [np.random.default_rng(i).bytes(120) for i in range(64)]
@@ -105,4 +110,4 @@ def test_random_streams_open():
 @pytest.mark.parametrize("headers", [(), (b"\x41", b"")])
 def test_bad_headers(headers):
     with pytest.raises(ValueError, match="headers="):
-        H264Grammar(headers=headers, length=40)
+        H264Grammar(headers=headers)

@@ -12,6 +12,7 @@ import pytest
 from configs import avc_lm
 from jaxgen import cli
 from jaxgen import config as config_lib
+from jaxgen.decoding.file_tokens import ENDED
 from jaxgen.generators import next_token_sampler
 from jaxgen.recipes.byte_clips import ClipCodecConfig
 from jaxgen.recipes.byte_files import save_files
@@ -55,7 +56,7 @@ def test_samples_are_clips_in_one_compilation(params, monkeypatch, tmp_path):
     with av.open(io.BytesIO(paths[1].read_bytes()), format="h264") as container:
         shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert np.abs(shown.astype(int) - clips[1]["clip"]).mean() < 8
-    assert save_files(tmp_path / "same", codec, tokens)[0].read_bytes() == codec.file(from_tokens(tokens[0]))
+    assert save_files(tmp_path / "same", CONFIG.build_tokenizer(), tokens)[0].read_bytes() == codec.file(from_tokens(tokens[0]))
 
 
 def test_batches_are_streams_of_clips():
@@ -75,7 +76,7 @@ def test_the_grammar_takes_real_films(shared):
     path = shared / "data" / "video" / "clips_72x128.npz"
     config = config_lib.override(avc_lm.build("films"), [f"data.path={path}", "codec.restart=1", "codec.length=420"]).resolve()
     assert config.data.source("test").class_names == ("bigbuckbunny", "bikes")
-    grammar, codec = config.build_grammar(), config.build_codec()
+    grammar, codec = config.build_sampler().grammar, config.build_codec()
     rows = []
     for split in ("train", "test"):
         source = config.data.source(split)
@@ -86,7 +87,7 @@ def test_the_grammar_takes_real_films(shared):
         return grammar.move(state, token), None
 
     state, _ = jax.jit(lambda tokens: jax.lax.scan(one, grammar.begin((len(rows),)), tokens))(jnp.asarray(np.stack(rows)).T)
-    assert (np.asarray(state.unit) == len(grammar.headers)).all() and len(grammar.headers) == 8
+    assert (np.asarray(state.phase) == ENDED).all() and len(grammar.grammar.headers) == 8
 
 
 @pytest.mark.parametrize("variant", avc_lm.VARIANTS)
@@ -98,8 +99,8 @@ def test_every_variant_builds_and_survives_json(variant):
     if variant == "paper":  # Llama 2 7B without its text vocabulary; a slice for each macroblock of 15 frames
         shapes = config.build_generator().param_shapes()["params"]
         size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
-        assert size == 6_738_415_616 - 2 * 32_000 * 4096 + (2 * 257 + 2) * 4096
-        assert len(sampler.grammar.headers) == 15 * 9 * 16
+        assert size == 6_738_415_616 - 2 * 32_000 * 4096 + (2 * (257 + 768) + 2) * 4096
+        assert len(sampler.grammar.grammar.headers) == 15 * 9 * 16
 
 
 def test_what_is_refused():
@@ -114,7 +115,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="data.width=29: H.264 needs an even number"):
         config_lib.override(CONFIG, ["data.height=16", "data.width=29"])
     for edit, message in (
-        ("codec.length=30", r"codec.length=30: there are streams of \d+ bytes"),
+        ("codec.length=30", r"codec.length=30: there are files of \d+ bytes"),
         ("model.num_classes=9", "model.num_classes=9: digits has 10 classes"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -129,7 +130,7 @@ def test_what_is_refused():
 @pytest.mark.slow
 def test_trains_and_samples(tmp_path):
     recipe = config_lib.override(CONFIG, ["model_train.steps=60", "run.eval_every=30"]).resolve().recipe()
-    train(recipe, tmp_path / "run", log=lambda line: None)
+    train(recipe, tmp_path / "run", run=recipe.config.run, log=lambda line: None)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = (row["eval/loss"] for row in rows if "eval/loss" in row)
     assert last < first < math.log(257)
