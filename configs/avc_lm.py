@@ -19,11 +19,14 @@ schedule is Llama 2's, since the paper's own tables were not to be had.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 from configs import jpeg_lm
 from jaxgen.data.clips import ClipConfig
 from jaxgen.recipe import Recipe
+from jaxgen.recipes.byte_clip_claims import judge_clips
 from jaxgen.recipes.byte_clips import ByteClipConfig, ClipCodecConfig
+from jaxgen.recipes.claims import Claim, claim_config
 
 VARIANTS = ("smoke", "small", "films", "paper")
 
@@ -46,8 +49,8 @@ def build(variant: str) -> ByteClipConfig:
     smoke = variant == "smoke"
     images = jpeg_lm.build("smoke" if smoke else "small")
     small = ByteClipConfig(
-        data=ClipConfig(path="digits", frames=2 if smoke else 4),
-        codec=ClipCodecConfig(length=144, quantiser=40),
+        data=ClipConfig(path="digits", motions=1 if smoke else 16, frames=2 if smoke else 4),
+        codec=ClipCodecConfig(length=96 if smoke else 160, quantiser=40),
         model=images.model,
         model_train=images.model_train if smoke else dataclasses.replace(images.model_train, steps=1500, batch_size=32),
         run=images.run,
@@ -72,3 +75,16 @@ def _published() -> ByteClipConfig:
         model_train=dataclasses.replace(images.model_train, batch_size=128),
         run=images.run,
     )
+
+
+def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Claim]:
+    """S016's claim of clips, measured again: the share of valid ones, with the grammar and without it.
+
+    Args:
+      budget: "smoke" (nothing is learnt), or "small" (digits that move).
+      seeds: trainings.
+      edits: of the configuration, such as `data.path=...`.
+      log: takes progress lines.
+    """
+    config, smoke = claim_config(build, budget, edits)
+    return [judge_clips(config, seeds=seeds, samples=50 if smoke else 100, log=log)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["NEVER", "FileGrammar", "FileState", "FileTokens"]
+__all__ = ["NEVER", "FileGrammar", "FileState", "FileTokens", "widen"]
 
 NEVER = 1 << 28  # more bytes than a file can have
 OPEN, ENDED, DEAD = range(3)  # a file is being written, it is whole, or the path has left the grammar
@@ -93,7 +93,7 @@ class FileTokens:
 
         def one(i, bytes_):
             moved = self.grammar.move(bytes_, spelling[token, i])
-            return jax.tree.map(lambda x, y: jnp.where(_wide(i < size, x), x, y), moved, bytes_)
+            return jax.tree.map(lambda x, y: jnp.where(widen(i < size, x), x, y), moved, bytes_)
 
         bytes_ = one(0, state.bytes) if spelling.shape[1] == 1 else jax.lax.fori_loop(0, sizes.max(), one, state.bytes)
         whole = (state.phase == ENDED) | (self.grammar.least(state.bytes) == 0)
@@ -169,6 +169,6 @@ class FileTokens:
         return jnp.concatenate(found, axis=-1)
 
 
-def _wide(condition: Bool[Array, "*s"], like: Array) -> Array:
+def widen(condition: Bool[Array, "*s"], like: Array) -> Array:
     """With as many dimensions as `like` has."""
     return condition.reshape(condition.shape + (1,) * (like.ndim - condition.ndim))

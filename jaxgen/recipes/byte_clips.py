@@ -84,7 +84,9 @@ class ByteClipConfig(ByteFileConfig):
 
     def build_grammar(self) -> H264Grammar:
         """See `ByteFileConfig`."""
-        return H264Grammar(headers=self.build_codec().headers)
+        codec = self.build_codec()
+        down, across = (-(-size // 16) for size in codec.shape[1:3])
+        return H264Grammar(headers=codec.headers, mbs=down * across, across=across, restart=codec.restart)
 
     def token_batches(self, split: str, shard_index: int, shard_count: int):
         """See `ByteFileConfig`; a clip's stream is made once."""
