@@ -9,9 +9,10 @@ the grammar of JPEG, so that every sample is a whole file; `--option constrained
 
 Variants: `smoke` (seconds on a CPU), `small` (scikit-learn's digits at quality 10, some 13 bytes each, minutes on a CPU), `mnist`
 (28 pixels, from `data.path`), and `paper`: Llama 2 7B on images of 256 pixels at quality 25, 4:2:0, with a restart marker behind
-every unit, 12,288 tokens. The paper's images have no classes, and byte pairs make its vocabulary one of 320; here a token is a
-byte. The schedule of `paper` is Llama 2's at its batch, since the paper's own tables were not to be had. Images of one's own:
-set `model.num_classes`, `codec.size=0` and `codec.length`.
+every unit, 12,288 tokens. A token of `paper` is a byte or one of 64 byte pairs, as in the paper, which are learnt from the first
+training files (`codec.merges`, 0 for the others). The paper's images have no classes. The schedule of `paper` is Llama 2's at its
+batch, since the paper's own tables were not to be had. Images of one's own: set `model.num_classes`, `codec.size=0` and
+`codec.length`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _published() -> ByteImageConfig:
     """Llama 2 7B, 512 files a batch."""
     return ByteImageConfig(
         data=DataConfig(path="imagenet", image_size=256, channels=3, workers=8),
-        codec=CodecConfig(length=12288, size=256, quality=25, restart=1, header="frame"),
+        codec=CodecConfig(length=12288, merges=64, size=256, quality=25, restart=1, header="frame"),
         model=ImageLlamaModelConfig(
             width=4096,
             depth=32,

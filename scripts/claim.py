@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("system", help="its number, such as S047")
+    parser.add_argument("system", help="its number, such as S047; with its name, such as 'S016 AVC-LM', where that has several")
     parser.add_argument("--budget", default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE")
@@ -44,14 +44,24 @@ def main():
 
 
 def find(system: str):
-    """The configuration module whose docstring opens with the system's number."""
+    """The configuration module whose docstring opens with the system's number, or with that and its name.
+
+    Raises:
+      ValueError: there is none, or there are several.
+    """
+    found = {}
     for path in sorted((HERE.parent / "configs").glob("*.py")):
         if path.stem == "__init__":
             continue
         module = cli.load_config_file(str(path))
-        if (module.__doc__ or "").startswith(f"{system} ") and hasattr(module, "claim"):
-            return module
-    raise ValueError(f"system {system!r}: no file in configs/ opens with it and has a claim")
+        name = (module.__doc__ or "").partition(":")[0]
+        if f"{name} ".startswith(f"{system} ") and hasattr(module, "claim"):
+            found[name] = module
+    if not found:
+        raise ValueError(f"system {system!r}: no file in configs/ opens with it and has a claim")
+    if len(found) > 1:
+        raise ValueError(f"system {system!r}: there are {', '.join(map(repr, found))}")
+    return found.popitem()[1]
 
 
 def machine() -> str:

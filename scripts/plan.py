@@ -7,10 +7,11 @@ python scripts/plan.py --config configs/*.py --variant paper --device h100-8 --m
 
 TPUs are compiled for by libtpu, which has to be installed (`pip install 'jaxgen[tpu]'`) but needs no TPU. For GPUs the program is
 compiled for as many CPU devices: parameters and traffic are theirs, temporaries an estimate. Data are read for the shapes of a
-batch; pictures that are not there are drawn instead. Of several configurations, those without the variant are left out.
+batch; pictures and clips that are not there are drawn instead. Of several configurations, those without the variant are left out.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -21,7 +22,7 @@ from types import ModuleType
 import jax
 
 from jaxgen import cli
-from jaxgen.data import DataConfig, is_there
+from jaxgen import config as config_lib
 from jaxgen.plan import Devices, parse_devices, plan_updates, proposals
 from jaxgen.recipe import Recipe
 from jaxgen.tables import markdown_table, text_table
@@ -80,13 +81,12 @@ def main():
 
 
 def _recipe(module: ModuleType, args: argparse.Namespace) -> Recipe:
-    """The configuration's recipe, with pictures that can be had here."""
-    recipe = module.get_config(args.variant)
-    data = recipe.config.data
-    if isinstance(data, DataConfig):
+    """The configuration's recipe, with pictures or clips that can be had here."""
+    config = module.get_config(args.variant).config
+    if hasattr(config.data, "or_drawn"):
         # One batch is not worth a process.
-        recipe = recipe.override(["data.workers=0", *([] if is_there(data.path) else ["data.path=world"])])
-    return recipe.override(args.set).config.resolve().recipe()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data.or_drawn(), workers=0))
+    return config_lib.override(config, args.set).resolve().recipe()
 
 
 def _plan(recipe: Recipe, devices: Devices, mesh: str | None, *, only: str, shard: Sequence[str]) -> Iterator[dict]:

@@ -4,7 +4,7 @@
 """
 
 from jaxgen.data.folder import FileSource, folder
-from jaxgen.data.loader import DataConfig, batches, image_batches, info, is_there, make_source, read_image
+from jaxgen.data.loader import DataConfig, batches, image_batches, info, make_source, read_image
 from jaxgen.data.shard_set import ShardSource, shard_source
 from jaxgen.data.sources import ArraySource, EncodedSource, Source, digits, npz
 from jaxgen.data.tar_shards import write_tar
@@ -32,7 +32,6 @@ __all__ = [
     "folder",
     "image_batches",
     "info",
-    "is_there",
     "make_source",
     "npz",
     "pixels",

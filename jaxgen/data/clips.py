@@ -6,14 +6,15 @@ import dataclasses
 import functools
 import os
 import zipfile
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxgen.data.folder import stamp
-from jaxgen.data.sources import check_split, digits
+from jaxgen.data.sources import ArraySource, check_split, digits
 
-__all__ = ["ClipConfig", "ClipSource", "clips", "moving_digits"]
+__all__ = ["ClipConfig", "ClipSource", "Films", "MovingDigits", "clips", "moving_digits"]
 
 HELD_OUT = 6  # one part in so many is the test split
 STILL = "digits"
@@ -25,6 +26,8 @@ class ClipConfig:
 
     Attributes:
       path: "digits" for scikit-learn's handwritten digits that move, or an `.npz` file (see `clips`).
+      motions: clips of each of the training digits that move, which are made when they are asked for.
+      labelled: false makes one class of all clips.
       frames: of a clip.
       every: one in so many frames of the file is taken.
       height, width: of a frame, which is resized without regard to its shape; 0 is as they are (16 x 32 for the digits).
@@ -36,6 +39,8 @@ class ClipConfig:
     """
 
     path: str = STILL
+    motions: int = 1
+    labelled: bool = True
     frames: int = 4
     every: int = 1
     height: int = 0
@@ -44,7 +49,8 @@ class ClipConfig:
     workers: int = 0
 
     def __post_init__(self):
-        for name, least in (("frames", 1), ("every", 1), ("height", 0), ("width", 0), ("seed", 0), ("workers", 0)):
+        fields = dict(motions=1, frames=1, every=1, height=0, width=0, seed=0, workers=0)
+        for name, least in fields.items():
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)}: expected at least {least}")
 
@@ -56,24 +62,78 @@ class ClipConfig:
         """
         if (self.height == 0) != (self.width == 0):
             raise ValueError(f"data.height={self.height}, data.width={self.width}: expected both or none")
+        fields = dict(frames=self.frames, every=self.every)
         if self.path == STILL:
-            return moving_digits(split, frames=self.frames, every=self.every, height=self.height or 16, width=self.width or 32)
-        if not os.path.exists(self.path):
+            fields |= dict(height=self.height or 16, width=self.width or 32)
+            found = moving_digits(split, motions=self.motions if split == "train" else 1, **fields)
+        elif not os.path.exists(self.path):
             raise ValueError(f"data.path={self.path!r}: no such file")
-        fields = dict(frames=self.frames, every=self.every, height=self.height, width=self.width)
-        return _clips(self.path, split, stamp=stamp(self.path), **fields)
+        else:
+            found = _clips(self.path, split, stamp=stamp(self.path), height=self.height, width=self.width, **fields)
+        return found if self.labelled else _OneClass(found)
+
+    def or_drawn(self) -> ClipConfig:
+        """This, or clips of the same shape that are drawn where there is no file: for what needs shapes alone."""
+        if self.path == STILL or os.path.exists(self.path):
+            return self
+        return dataclasses.replace(self, path=STILL)
+
+
+class ClipSource(Protocol):
+    """A source of `jaxgen.data.stream`: `source[i] -> {"clip": uint8 [f, H, W, 3], "label": int}`.
+
+    Attributes:
+      class_names: one for each class.
+      shape: (f, H, W, 3) of a clip.
+    """
+
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int, int]
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are in [0, num_classes)."""
+        return len(self.class_names)
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+    def name(self, index: int) -> str:
+        """What error messages call this example."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OneClass(ClipSource):
+    """The clips of another source, without its classes."""
+
+    clips: ClipSource
+
+    class_names = ("clip",)  # a fact of the class, not a field
+
+    @property
+    def shape(self):
+        return self.clips.shape
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        return self.clips[index] | {"label": 0}
+
+    def name(self, index):
+        return self.clips.name(index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class ClipSource:
-    """Windows of long clips, as a source of `jaxgen.data.stream`: `source[i] -> {"clip": uint8 [f, H, W, 3], "label": int}`.
+class Films(ClipSource):
+    """Windows of long clips, each of which is a class.
 
     Attributes:
       films: of frames of one size.
       windows: (film, first frame) of each example.
       frames, every: as in `ClipConfig`.
-      labels: of the examples; None: each film is a class.
-      class_names: one for each class.
+      class_names: see `ClipSource`.
       where: names the films in error messages.
     """
 
@@ -83,16 +143,10 @@ class ClipSource:
     every: int
     class_names: tuple[str, ...]
     where: str
-    labels: Int[np.ndarray, "n"] | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """Labels are in [0, num_classes)."""
-        return len(self.class_names)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(f, H, W, 3) of a clip."""
+        """See `ClipSource`."""
         return self.frames, *self.films[0].shape[1:]
 
     def __len__(self) -> int:
@@ -101,15 +155,15 @@ class ClipSource:
     def __getitem__(self, index: int) -> dict:
         film, first = self.windows[index]
         clip = self.films[film][first : first + self.frames * self.every : self.every]
-        return {"clip": clip, "label": int(film if self.labels is None else self.labels[index])}
+        return {"clip": clip, "label": int(film)}
 
     def name(self, index: int) -> str:
-        """What error messages call this example."""
+        """See `ClipSource`."""
         film, first = self.windows[index]
         return f"{self.where}[{film}][{first}]"
 
 
-def clips(path: str, split: str, *, frames: int, every: int = 1, height: int = 0, width: int = 0) -> ClipSource:
+def clips(path: str, split: str, *, frames: int, every: int = 1, height: int = 0, width: int = 0) -> Films:
     """All windows of the films in an npz file, each of which is a class.
 
     A film is an array uint8 [n, H, W, 3]. Where there are integers `<its name>_shot_start`, they are the frames at which a shot
@@ -148,12 +202,12 @@ def clips(path: str, split: str, *, frames: int, every: int = 1, height: int = 0
         raise ValueError(f"{path}: no shot of the {split} split has {length} frames (data.frames={frames}, data.every={every})")
     resized = tuple(_resized(film, height, width) for film in films.values())
     fields = dict(frames=frames, every=every, class_names=tuple(films), where=os.fspath(path))
-    return ClipSource(films=resized, windows=np.array(windows), **fields)
+    return Films(films=resized, windows=np.array(windows), **fields)
 
 
 # Films are read and resized once for a run's splits, stages and checks.
 @functools.lru_cache(maxsize=2)
-def _clips(path: str, split: str, *, stamp: tuple[int, int], **fields) -> ClipSource:
+def _clips(path: str, split: str, *, stamp: tuple[int, int], **fields) -> Films:
     return clips(path, split, **fields)
 
 
@@ -166,10 +220,53 @@ def _resized(film: UInt8[np.ndarray, "n h w 3"], height: int, width: int) -> UIn
     return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), resize)) for frame in film])
 
 
-def moving_digits(split: str, *, frames: int, every: int = 1, height: int = 16, width: int = 32) -> ClipSource:
-    """scikit-learn's handwritten digits, 8 x 8 pixels, that move over a dark ground and turn back at its edges.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class MovingDigits(ClipSource):
+    """Digits that move over a dark ground and turn back at its edges, see `moving_digits`.
 
-    Place and velocity (-3 to 3 pixels a frame, never 0 in both directions) are drawn for each digit once and for all, and so is a
+    Attributes:
+      still: the digits.
+      motions: clips of each: the i-th is of digit i modulo their number.
+      shape: see `ClipSource`.
+      every: as in `ClipConfig`.
+    """
+
+    still: ArraySource
+    motions: int
+    shape: tuple[int, int, int, int]
+    every: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """See `ClipSource`."""
+        return self.still.class_names
+
+    def __len__(self) -> int:
+        return len(self.still) * self.motions
+
+    def __getitem__(self, index: int) -> dict:
+        image, label = (values[index % len(self.still)] for values in (self.still.images, self.still.labels))
+        rng, room = np.random.default_rng([len(self.still), index]), np.array(self.shape[1:3]) - 8
+        place, speed = rng.integers(0, room + 1), rng.integers(-3, 4, 2)
+        speed[1] += not speed.any()
+        pixels = np.maximum(16, image * (rng.integers(96, 256, 3) / 255)).astype(np.uint8)
+        clip = np.full(self.shape, 16, np.uint8)
+        for i, frame in enumerate(clip):
+            top, left = _reflected(place + i * self.every * speed, room)
+            frame[top : top + 8, left : left + 8] = pixels
+        return {"clip": clip, "label": int(label)}
+
+    def name(self, index: int) -> str:
+        """See `ClipSource`."""
+        return f"{STILL}[{index % len(self.still)}], motion {index // len(self.still)}"
+
+
+def moving_digits(
+    split: str, *, frames: int, every: int = 1, height: int = 16, width: int = 32, motions: int = 1
+) -> MovingDigits:
+    """scikit-learn's handwritten digits, 8 x 8 pixels, that move.
+
+    Place and velocity (-3 to 3 pixels a frame, never 0 in both directions) are drawn for each clip once and for all, and so is a
     colour.
 
     Raises:
@@ -177,21 +274,7 @@ def moving_digits(split: str, *, frames: int, every: int = 1, height: int = 16, 
     """
     if min(height, width) < 8:
         raise ValueError(f"data.height={height}, data.width={width}: a digit has 8 x 8 pixels")
-    still, films = digits(split), []
-    length, room = (frames - 1) * every + 1, np.array([height, width]) - 8
-    for i, image in enumerate(still.images):
-        rng = np.random.default_rng([len(still), i])
-        place, speed = rng.integers(0, room + 1), rng.integers(-3, 4, 2)
-        speed[1] += not speed.any()
-        colour = rng.integers(96, 256, 3)
-        film = np.full((length, height, width, 3), 16, np.uint8)
-        for t in range(length):
-            top, left = _reflected(place + t * speed, room)
-            film[t, top : top + 8, left : left + 8] = np.maximum(16, image * (colour / 255)).astype(np.uint8)
-        films.append(film)
-    windows = np.stack([np.arange(len(films)), np.zeros(len(films), int)], 1)
-    fields = dict(frames=frames, every=every, class_names=still.class_names, where=STILL)
-    return ClipSource(films=tuple(films), windows=windows, labels=still.labels, **fields)
+    return MovingDigits(still=digits(split), motions=motions, shape=(frames, height, width, 3), every=every)
 
 
 def _reflected(place: Int[np.ndarray, "2"], room: Int[np.ndarray, "2"]) -> Int[np.ndarray, "2"]:

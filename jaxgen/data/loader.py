@@ -23,7 +23,7 @@ from jaxgen.data.transforms import Preprocess, pixels
 from jaxgen.data.world import World
 from jaxgen.data.world_scene import WorldConfig
 
-__all__ = ["DataConfig", "batches", "image_batches", "info", "is_there", "make_source", "read_image", "stream"]
+__all__ = ["DataConfig", "batches", "image_batches", "info", "make_source", "read_image", "stream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,12 @@ class DataConfig:
         check("mid_scale", isinstance(scale, int | float) and math.isfinite(scale) and scale >= 1, "a number >= 1")
         check("mid_scale", self.image_size > 0 or scale == 1, "1 without data.image_size")
 
+    def or_drawn(self) -> DataConfig:
+        """This, or the world's pictures where there is nothing at the path: for what needs shapes alone."""
+        if self.path in ("digits", "world") or os.path.exists(self.path) or find_shards(self.path) is not None:
+            return self
+        return dataclasses.replace(self, path="world")
+
 
 def _is_int(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
@@ -114,11 +120,6 @@ def make_source(config: DataConfig, split: str) -> Source:
     if not path.lower().endswith(".npz"):
         raise ValueError(f"data.path={path!r}: neither an .npz file, nor shards, nor a folder")
     return _npz(path, split, config.skip_bad, stamp(path))
-
-
-def is_there(path: str) -> bool:
-    """Whether `DataConfig.path` names images that can be had here: built-in ones, shards, a folder or a file."""
-    return path in ("digits", "world") or os.path.exists(path) or find_shards(path) is not None
 
 
 # A run opens its data once for each stage; they share one copy while the file stays as it is.

@@ -10,6 +10,7 @@ from jaxgen.decoding.counterfactual import Factual, Hindsight, hindsight, interv
 from jaxgen.decoding.density import PathDensity
 from jaxgen.decoding.economy import SkipDecode, SkipFeedForward
 from jaxgen.decoding.feature_drafts import BeamDrafts, BlockDrafts, designed_tree
+from jaxgen.decoding.file_tokens import FileGrammar, FileTokens
 from jaxgen.decoding.grammar import Automaton, constrain
 from jaxgen.decoding.groups import Groups, sample_groups
 from jaxgen.decoding.guidance import Guided, GuidedCache, cosine_ramp, guide, scale_ramp
@@ -96,6 +97,8 @@ __all__ = [
     "Even",
     "Factual",
     "FirstHitting",
+    "FileGrammar",
+    "FileTokens",
     "Found",
     "FreeCache",
     "Grouped",

@@ -1,4 +1,4 @@
-"""Bytes that are a baseline JPEG: Huffman codes, blocks, stuffing and markers as an automaton over tokens."""
+"""Bytes that are a baseline JPEG: Huffman codes, blocks, stuffing and markers as an automaton."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxgen.decoding.file_tokens import NEVER
+
 __all__ = ["JpegGrammar", "JpegState"]
 
-# What the next token is: of the fixed head, a byte of coded blocks, the zero behind a coded 0xFF, the first or second byte of a
+# What the next byte is: of the fixed head, a byte of coded blocks, the zero behind a coded 0xFF, the first or second byte of a
 # marker, nothing more; or the path has left the grammar.
 HEAD, SCAN, STUFFED, MARKER, CODE, END, DEAD = range(7)
 
 NO_CODE = -(1 << 20)  # of a tree: a bit that no code goes on with
-NEVER = 1 << 28  # more tokens than there can be
 END_OF_BLOCK, SIXTEEN_ZEROS = 0x00, 0xF0
 
 
@@ -26,14 +27,13 @@ class JpegState(NamedTuple):
     """Where a file stands, whole bytes read.
 
     Attributes:
-      phase: what the next token is.
-      head: tokens of the head that are read.
+      phase: what the next byte is.
+      head: bytes of the head that are read.
       mcu, block: units that are whole, and blocks of the next one that are.
       coefficient: that the next code is about; 0 is the DC one, 64 when only `bits` of the last one are missing.
       node: of the Huffman tree, where a code's first bits are read.
       bits: of a coefficient's value that are still to come.
       full: all blocks up to the next marker are there, and what is left of the byte is ones.
-      left: tokens that are allowed to follow.
     """
 
     phase: Int[Array, "*s"]
@@ -44,45 +44,40 @@ class JpegState(NamedTuple):
     node: Int[Array, "*s"]
     bits: Int[Array, "*s"]
     full: Bool[Array, "*s"]
-    left: Int[Array, "*s"]
 
 
 @dataclasses.dataclass(frozen=True)
 class JpegGrammar:
-    """The automaton of the files of one size and one set of tables (ITU-T T.81, annexes B, F and F.1.2.3).
+    """The `FileGrammar` of the files of one size and one set of tables (ITU-T T.81, annexes B, F and F.1.2.3).
 
-    A table of its states would have some 10^5 a block. Instead a state says how far the bits have come, and the bytes that may
-    follow are found by reading each of the 256: eight steps in Huffman trees for all of them at once. A byte is allowed if some
-    file of at most `length` tokens goes on with it. DC values may leave their range, which decoders clip.
+    A table of its states would have some 10^5 a block. Instead a state says how far the bits have come, and a byte is eight
+    steps in Huffman trees. DC values may leave their range, which decoders clip.
 
     Attributes:
       tables: Huffman tables: how many codes have 1 to 16 bits, and the codes' symbols in order. They are those of annex K, whose
         shortest way to end a file from anywhere has no byte 0xFF in it, which would need another.
       blocks: of an MCU, as (index of the DC table, index of the AC table).
       mcus: minimum coded units of the image.
-      length: most tokens, `end` not counted.
       restart: MCUs between restart markers; 0 is no markers.
       head: bytes that all files begin with.
-      end: the token behind the file, for ever; the bytes are the tokens 0 to 255.
-      vocab: v.
 
     Raises:
-      ValueError: a length that no file has.
+      ValueError: tables with more codes than there can be.
     """
 
     tables: tuple[tuple[tuple[int, ...], bytes], ...]
     blocks: tuple[tuple[int, int], ...]
     mcus: int
-    length: int
     restart: int = 0
     head: bytes = b""
-    end: int = 256
-    vocab: int = 257
 
     def __post_init__(self):
-        least = len(self.head) + int(self._tail[0])
-        if self.length < least:
-            raise ValueError(f"length={self.length}: the shortest file has {least} tokens")
+        self._trees  # noqa: B018  raises
+
+    @property
+    def shortest(self) -> int:
+        """See `FileGrammar`."""
+        return len(self.head) + int(self._tail[0])
 
     @functools.cached_property
     def _trees(self) -> Int[np.ndarray, "t n 2"]:
@@ -129,53 +124,38 @@ class JpegGrammar:
 
     @functools.cached_property
     def _tail(self) -> Int[np.ndarray, "i+1"]:
-        """Fewest tokens of the intervals from each one on, their markers included."""
+        """Fewest bytes of the intervals from each one on, their markers included."""
         every = self.restart or self.mcus
         sizes = [min(every, self.mcus - start) for start in range(0, self.mcus, every)]
         least = [-(-size * int(self._unit[0]) // 8) + 2 for size in sizes]
         return np.append(np.cumsum(least[::-1])[::-1], 0).astype(np.int32)
 
     def begin(self, shape: tuple[int, ...]) -> JpegState:
-        """See `Automaton`."""
+        """See `FileGrammar`."""
         zero = jnp.zeros(shape, jnp.int32)
         phase = jnp.full(shape, HEAD if self.head else SCAN, jnp.int32)
-        return JpegState(phase, *[zero] * 6, jnp.zeros(shape, bool), jnp.full(shape, self.length, jnp.int32))
+        return JpegState(phase, *[zero] * 6, jnp.zeros(shape, bool))
 
-    def allowed(self, state: JpegState) -> Bool[Array, "*s v"]:
-        """See `Automaton`."""
-        tokens = jnp.arange(self.vocab)
-        wide = JpegState(*(x[..., None] for x in state))
-        after = self._bytes(wide, jnp.arange(256))
-        fits = self._least(after) <= after.left
-        fits = jnp.pad(fits, [(0, 0)] * (fits.ndim - 1) + [(0, self.vocab - 256)])
-        return jnp.where(wide.phase == DEAD, True, jnp.where(wide.phase == SCAN, fits, tokens == self._due(wide)))
-
-    def move(self, state: JpegState, token: Int[Array, "*s"]) -> JpegState:
-        """See `Automaton`."""
-        s, left = state, state.left - 1
-        scanned = self._bytes(s, jnp.minimum(token, 255))
-        scanned_ok = (token < 256) & (self._least(scanned) <= scanned.left)
-        head = s.head + (s.phase == HEAD)
-        last = s.mcu == self.mcus
-        after = jnp.where(s.full, MARKER, SCAN)
+    def move(self, state: JpegState, byte: Int[Array, "*s"]) -> JpegState:
+        """See `FileGrammar`."""
+        s = JpegState(*jnp.broadcast_arrays(*state, byte)[:-1])
+        head, after = s.head + (s.phase == HEAD), jnp.where(s.full, MARKER, SCAN)
         phase = jnp.select(
-            [s.phase == HEAD, s.phase == STUFFED, s.phase == MARKER, s.phase == CODE, s.phase == END],
-            [jnp.where(head == len(self.head), SCAN, HEAD), after, CODE, jnp.where(last, END, SCAN), END],
+            [s.phase == HEAD, s.phase == STUFFED, s.phase == MARKER, s.phase == CODE],
+            [jnp.where(head == len(self.head), SCAN, HEAD), after, CODE, jnp.where(s.mcu == self.mcus, END, SCAN)],
             DEAD,
         )
-        full = s.full & (s.phase != CODE)
-        forced = s._replace(phase=phase, head=head, full=full, left=jnp.where(s.phase == END, s.left, left))
-        moved = JpegState(*(jnp.where(s.phase == SCAN, x, y) for x, y in zip(scanned, forced)))
-        right = jnp.where(s.phase == SCAN, scanned_ok, token == self._due(s))
-        return moved._replace(phase=jnp.where(right & (s.phase != DEAD), moved.phase, DEAD))
+        phase = jnp.where(byte == self._due(s), phase, DEAD)
+        forced = s._replace(phase=phase, head=head, full=s.full & (s.phase != CODE))
+        return JpegState(*(jnp.where(s.phase == SCAN, x, y) for x, y in zip(self._bytes(s, byte), forced)))
 
     def _due(self, s: JpegState) -> Int[Array, "*s"]:
-        """The one token that may follow, outside of the coded blocks."""
+        """The one byte that may follow, outside of the coded blocks; none behind the file."""
         head = jnp.asarray(np.frombuffer(self.head + b"\0", np.uint8), jnp.int32)[s.head]
         marks = (s.mcu - 1) // self.restart if self.restart else 0
         code = jnp.where(s.mcu == self.mcus, 0xD9, 0xD0 + marks % 8)
         phases = [s.phase == HEAD, s.phase == STUFFED, s.phase == MARKER, s.phase == CODE]
-        return jnp.select(phases, [head, jnp.zeros_like(head), jnp.full_like(head, 0xFF), code], self.end)
+        return jnp.select(phases, [head, jnp.zeros_like(head), jnp.full_like(head, 0xFF), code], -1)
 
     def _kind(self, block) -> tuple[Int[Array, "*s"], Int[Array, "*s"], Int[Array, "*s"]]:
         """(kind, DC table, AC table) of a block of an MCU."""
@@ -185,11 +165,10 @@ class JpegGrammar:
 
     def _bytes(self, s: JpegState, byte: Int[Array, "*s"]) -> JpegState:
         """The state after a byte of coded blocks; one that breaks a code is `DEAD`."""
-        s = JpegState(*jnp.broadcast_arrays(*s, byte)[:-1])
         # A loop, since eight copies take long to compile.
         s = jax.lax.fori_loop(0, 8, lambda i, s: self._bit(s, (byte >> (7 - i)) & 1), s)
         phase = jnp.where(byte == 0xFF, STUFFED, jnp.where(s.full, MARKER, SCAN))
-        return s._replace(phase=jnp.where(s.phase == DEAD, DEAD, phase), left=s.left - 1)
+        return s._replace(phase=jnp.where(s.phase == DEAD, DEAD, phase))
 
     def _bit(self, s: JpegState, bit: Int[Array, "*s"]) -> JpegState:
         """The state after a bit, which is of a value, of a code, or behind all of them."""
@@ -218,16 +197,17 @@ class JpegGrammar:
             full=s.full | (unit & ((mcu % every == 0) | (mcu == self.mcus))),
         )
 
-    def _least(self, s: JpegState) -> Int[Array, "*s"]:
-        """Tokens with which a file can surely be ended after a byte of coded blocks."""
-        kind, every = self._kind(s.block)[0], self.restart or self.mcus
+    def least(self, state: JpegState) -> Int[Array, "*s"]:
+        """See `FileGrammar`."""
+        s, every, unit = state, self.restart or self.mcus, jnp.asarray(self._unit)
+        kind = self._kind(s.block)[0]
         bits = s.bits + jnp.asarray(self._rest)[2 * kind + (s.coefficient > 0), s.node, s.coefficient]
         interval = jnp.maximum(s.mcu - s.full, 0) // every
         units = jnp.minimum((interval + 1) * every, self.mcus) - s.mcu - 1
-        unit = jnp.asarray(self._unit)
         bits = jnp.where(s.full, 0, jnp.minimum(bits, NEVER) + unit[s.block + 1] + units * int(self._unit[0]))
-        tokens = -(-bits // 8) + (s.phase == STUFFED) + 2 + jnp.asarray(self._tail)[interval + 1]
-        return jnp.where(s.phase == DEAD, NEVER, tokens)
+        tail = jnp.asarray(self._tail)[jnp.minimum(interval + 1, len(self._tail) - 1)]
+        scan = -(-bits // 8) + (s.phase == STUFFED) + 2 - (s.phase == CODE) + tail + len(self.head) - s.head
+        return jnp.select([s.phase == DEAD, s.phase == END], [NEVER, 0], scan)
 
 
 def _read(symbol, k):

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from jaxgen.data.clips import ClipConfig, ClipSource
 from jaxgen.data.loader import stream
 from jaxgen.decoding import H264Grammar
-from jaxgen.recipes.byte_files import ByteFileConfig
+from jaxgen.recipes.byte_files import LEARNT_FROM, ByteFileConfig, FileCodecConfig
 from jaxgen.recipes.fields import check_fields
-from jaxgen.tokenizers.bytes import END, to_tokens
+from jaxgen.tokenizers.bytes import ByteTokenizer
 from jaxgen.tokenizers.video import H264Codec
 
 __all__ = ["ByteClipConfig", "ClipCodecConfig"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipCodecConfig:
-    """How clips become bytes.
+class ClipCodecConfig(FileCodecConfig):
+    """How clips become tokens.
 
     Attributes:
-      length: tokens a model reads and makes; streams with fewer bytes are filled up, longer ones are cut.
+      length, merges, pairs: see `FileCodecConfig`.
       quantiser, restart: see `H264Codec`.
     """
 
@@ -31,7 +32,8 @@ class ClipCodecConfig:
     restart: int = 0
 
     def __post_init__(self):
-        check_fields("codec", self, length=1, quantiser=0, restart=0)
+        check_fields("codec", self, quantiser=0, restart=0)
+        super().__post_init__()
         if self.quantiser > 51:
             raise ValueError(f"codec.quantiser={self.quantiser}: expected at most 51")
 
@@ -52,7 +54,7 @@ class ByteClipConfig(ByteFileConfig):
                 raise ValueError(f"data.{name}={getattr(self.data, name)}: H.264 needs an even number")
 
     def resolve(self) -> ByteClipConfig:
-        """The configuration with the clips' size filled in from the data.
+        """The configuration with what the data tell filled in: the clips' size, and `codec.pairs`.
 
         Raises:
           ValueError: the data cannot be read, have more classes, or streams longer than `codec.length` among a hundred of each
@@ -63,13 +65,16 @@ class ByteClipConfig(ByteFileConfig):
             raise ValueError(f"model.num_classes={self.model.num_classes}: {path} has {train.num_classes} classes")
         height, width = train.shape[1:3]
         config = dataclasses.replace(self, data=dataclasses.replace(self.data, height=height, width=width))
-        codec, longest = config.build_codec(), 0
+        config = config.with_pairs(config._files(train, LEARNT_FROM))
         for source in (train, self.data.source("test")):
-            some = np.linspace(0, len(source) - 1, min(100, len(source))).astype(int)
-            longest = max(longest, *(len(codec.encode(source[i]["clip"])) for i in some))
-        if longest > self.codec.length:
-            raise ValueError(f"codec.length={self.codec.length}: there are streams of {longest} bytes")
+            config.check_length(config._files(source, 100))
         return config
+
+    def _files(self, source: ClipSource, count: int) -> Iterator[bytes]:
+        """The streams of some clips, from all over the source."""
+        some = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+        codec = self.build_codec()
+        return (codec.encode(source[i]["clip"]) for i in some)
 
     def build_codec(self) -> H264Codec:
         """See `ByteFileConfig`; sizes that only the data can tell are those of the digits."""
@@ -79,11 +84,13 @@ class ByteClipConfig(ByteFileConfig):
 
     def build_grammar(self) -> H264Grammar:
         """See `ByteFileConfig`."""
-        return H264Grammar(headers=self.build_codec().headers, length=self.codec.length, end=END)
+        codec = self.build_codec()
+        down, across = (-(-size // 16) for size in codec.shape[1:3])
+        return H264Grammar(headers=codec.headers, mbs=down * across, across=across, restart=codec.restart)
 
     def token_batches(self, split: str, shard_index: int, shard_count: int):
         """See `ByteFileConfig`; a clip's stream is made once."""
-        source = _Streams(self.data.source(split), self.build_codec(), self.codec.length)
+        source = _Streams(self.data.source(split), self.build_file_tokenizer())
         shard = dict(shard_index=shard_index, shard_count=shard_count, workers=self.data.workers)
         batch = dict(batch_size=self.model_train.batch_size, train=split == "train")
         return stream(source, _as_it_is, random=False, seed=self.data.seed, **batch, **shard)
@@ -92,8 +99,8 @@ class ByteClipConfig(ByteFileConfig):
 class _Streams:
     """The streams of clips, as a source."""
 
-    def __init__(self, clips: ClipSource, codec: H264Codec, length: int):
-        self._clips, self._codec, self._length, self._made = clips, codec, length, {}
+    def __init__(self, clips: ClipSource, tokenizer: ByteTokenizer):
+        self._clips, self._tokenizer, self._made = clips, tokenizer, {}
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -101,7 +108,7 @@ class _Streams:
     def __getitem__(self, index: int) -> dict:
         if index not in self._made:
             example = self._clips[index]
-            tokens = to_tokens(self._codec.encode(example["clip"]), self._length)
+            tokens = self._tokenizer.tokens(self._tokenizer.codec.encode(example["clip"]))
             self._made[index] = {"tokens": tokens, "label": example["label"]}
         return self._made[index]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,17 +15,45 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from jaxgen import storage
-from jaxgen.decoding import Automaton, Settings
+from jaxgen.decoding import FileGrammar, FileTokens, Settings
 from jaxgen.generators import ImageLlama, NextTokenSampler
 from jaxgen.objectives.likelihood import cross_entropy, drop_labels
 from jaxgen.optim import adamw
 from jaxgen.recipe import Recipe, Stage, modules
+from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import RULES, ImageLlamaModelConfig
 from jaxgen.recipes.next_scale import ModelTrainConfig
-from jaxgen.tokenizers.bytes import END, ByteTokenizer, Codec, from_tokens
+from jaxgen.tokenizers.bytes import END, ByteTokenizer, Codec
+from jaxgen.tokenizers.pairs import Pairs, learn_pairs
 from jaxgen.train.loop import RunConfig
 
-__all__ = ["ByteFileConfig", "likelihood", "save_files"]
+__all__ = ["LEARNT_FROM", "ByteFileConfig", "FileCodecConfig", "likelihood", "save_files"]
+
+LEARNT_FROM = 256  # training files that pairs are learnt from
+
+
+@dataclasses.dataclass(frozen=True)
+class FileCodecConfig:
+    """How files become tokens.
+
+    Attributes:
+      length: tokens a model reads and makes; files with fewer are filled up, longer ones are cut.
+      merges: tokens for pairs of bytes, of pairs, and so on; 0: a token is a byte.
+      pairs: what they stand for, see `Pairs.merges`; empty until `resolve` has learnt them from training files.
+    """
+
+    length: int = 64
+    merges: int = 0
+    pairs: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        check_fields("codec", self, length=1, merges=0)
+        try:
+            learnt = len(Pairs(self.pairs))
+        except ValueError as error:
+            raise ValueError(f"codec.pairs: {error}") from None
+        if learnt > self.merges:
+            raise ValueError(f"codec.pairs: {learnt} merges, expected at most codec.merges={self.merges}")
 
 # Bytes and the end: one more than a number that devices divide.
 BYTE_RULES = (
@@ -37,8 +65,7 @@ BYTE_RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class ByteFileConfig:
-    """A run, but for its data and its codec, the fields `data` and `codec` of those that derive from it; `codec.length` is the
-    number of tokens of a file.
+    """A run, but for its data and its codec, the fields `data` and `codec` (a `FileCodecConfig`) of those that derive from it.
 
     Attributes:
       constrained: sampling keeps to the grammar of the files, unless it is told otherwise.
@@ -57,13 +84,27 @@ class ByteFileConfig:
         """Between what the data are and bytes."""
         raise NotImplementedError
 
-    def build_grammar(self) -> Automaton | None:
+    def build_grammar(self) -> FileGrammar | None:
         """Of the files; None if there is none to keep to."""
         raise NotImplementedError
 
     def token_batches(self, split: str, shard_index: int, shard_count: int):
         """Batches of the files' "tokens" [b, l] and the "label" [b] of each."""
         raise NotImplementedError
+
+    def with_pairs(self, files: Iterable[bytes]) -> ByteFileConfig:
+        """The configuration with pairs that are learnt from files, if it wants some and has none."""
+        if not self.codec.merges or self.codec.pairs:
+            return self
+        pairs = learn_pairs(files, self.codec.merges)
+        return dataclasses.replace(self, codec=dataclasses.replace(self.codec, pairs=pairs.merges))
+
+    def check_length(self, files: Iterable[bytes]) -> None:
+        """Raises ValueError if there are files of more tokens than a model makes."""
+        pairs, codec = Pairs(self.codec.pairs), self.codec
+        longest = max(len(pairs.encode(file)) for file in files)
+        if longest > codec.length:
+            raise ValueError(f"codec.length={codec.length}: there are files of {longest} {'tokens' if codec.merges else 'bytes'}")
 
     @property
     def num_classes(self) -> int:
@@ -72,31 +113,47 @@ class ByteFileConfig:
 
     def build_tokenizer(self) -> ByteTokenizer:
         """The codec as a tokenizer."""
-        return ByteTokenizer(codec=self.build_codec(), length=self.codec.length)
+        fields = dict(length=self.codec.length, pairs=Pairs(self.codec.pairs), merges=self.codec.merges)
+        return ByteTokenizer(codec=self.build_codec(), **fields)
+
+    def build_file_tokenizer(self) -> ByteTokenizer:
+        """`build_tokenizer`, for files that a model is to learn from.
+
+        Raises:
+          ValueError: pairs that have not been learnt yet.
+        """
+        if self.codec.merges and not self.codec.pairs:
+            raise ValueError(f"codec.merges={self.codec.merges}: codec.pairs is empty; resolve() the configuration first")
+        return self.build_tokenizer()
 
     def build_generator(self) -> ImageLlama:
         """The generator module: the tokens have a place in the file only, and so one axis."""
-        fields = dict(vocab=ByteTokenizer.vocab, grid=(self.codec.length,), dtype=jnp.dtype(self.model.dtype))
+        fields = dict(vocab=self.build_tokenizer().vocab, grid=(self.codec.length,), dtype=jnp.dtype(self.model.dtype))
         return ImageLlama(**dataclasses.asdict(self.model) | fields)
 
     def build_sampler(self, constrained: bool | None = None) -> NextTokenSampler:
         """From key and labels to files, within their grammar if `constrained`; None is as configured."""
-        wanted = self.constrained if constrained is None else constrained
+        tokenizer, wanted = self.build_tokenizer(), self.constrained if constrained is None else constrained
         grammar = self.build_grammar() if wanted else None
-        return NextTokenSampler(generator=self.build_generator(), tokenizer=self.build_tokenizer(), grammar=grammar, stop=END)
+        if grammar is not None:
+            grammar = FileTokens(grammar, tokenizer.length, tokenizer.pairs.pieces, tokenizer.vocab, END)
+        return NextTokenSampler(generator=self.build_generator(), tokenizer=tokenizer, grammar=grammar, stop=END)
 
     def recipe(self) -> Recipe:
         """The generator's stage and the sampler."""
 
         def write(folder, tokens):
-            return save_files(folder, self.build_codec(), tokens)
+            return save_files(folder, self.build_tokenizer(), tokens)
 
         sample = functools.partial(_sample, self)
         return Recipe(config=self, stages=(_stage(self),), sample=sample, write=write, modality=self.modality)
 
 
 def likelihood(logits, tokens) -> dict:
-    """Nats a token and a file, and how often the likeliest is right; what follows a file's first `END` does not count."""
+    """Nats a token and a file, and how often the likeliest is right; what follows a file's first `END` does not count.
+
+    With pairs a file's nats are those of its one segmentation, an upper bound of those of its bytes.
+    """
     counts = jnp.cumsum(tokens == END, axis=1) - (tokens == END) == 0
     nll = cross_entropy(logits, tokens) * counts
     hits = ((logits.argmax(-1) == tokens) & counts).sum()
@@ -153,19 +210,19 @@ def _sample(
     return {config.shows: pictures, "tokens": tokens, "valid": valid}
 
 
-def save_files(folder: str | os.PathLike, codec: Codec, tokens) -> list[storage.Place]:
+def save_files(folder: str | os.PathLike, tokenizer: ByteTokenizer, tokens) -> list[storage.Place]:
     """Writes each row as a file: `0000.jpg` if it is valid, and its bytes alone as `0000.bin` if it is not.
 
     Args:
       folder: made if missing.
-      codec: of the bytes.
+      tokenizer: of the files.
       tokens: [b, l].
 
     Raises:
       ValueError: a file cannot be written.
     """
-    paths, top = [], storage.place(folder)
-    for i, data in enumerate(map(from_tokens, np.asarray(tokens))):
+    codec, paths, top = tokenizer.codec, [], storage.place(folder)
+    for i, data in enumerate(map(tokenizer.file, np.asarray(tokens))):
         try:
             codec.decode(data)
             path, data = top / f"{i:04}.{codec.suffix}", codec.file(data)

@@ -18,7 +18,6 @@ from jaxgen.recipes import claims
 from jaxgen.recipes.byte_images import ByteImageConfig, CodecConfig
 from jaxgen.recipes.claims import Claim
 from jaxgen.recipes.image_llama import ImageLlamaConfig
-from jaxgen.tokenizers.bytes import from_tokens
 
 __all__ = ["compare_files", "in_pixels", "rarest"]
 
@@ -99,7 +98,7 @@ def _columns(recipe: Recipe, params: dict, rare, samples: int) -> dict:
     }
     if "valid" in out:
         codec = tokenizer.codec
-        files = [from_tokens(tokens) for tokens in np.asarray(out["tokens"])]
+        files = [tokenizer.file(tokens) for tokens in np.asarray(out["tokens"])]
         if hasattr(codec, "opens"):
             row["opens"] = round(float(np.mean([codec.opens(codec.file(data)) for data in files])), 4)
         row["valid"] = round(float(np.mean(np.asarray(out["valid"]))), 4)

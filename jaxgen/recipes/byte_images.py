@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from jaxgen.data import DataConfig, image_batches, make_source
 from jaxgen.decoding import JpegGrammar
 from jaxgen.recipe import Recipe
-from jaxgen.recipes.byte_files import ByteFileConfig
+from jaxgen.recipes.byte_files import LEARNT_FROM, ByteFileConfig, FileCodecConfig
 from jaxgen.recipes.classifier import classifier_stage
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.next_scale import ClassifierConfig
 from jaxgen.recipes.token_cache import check_no_cache
-from jaxgen.tokenizers.bytes import END, PixelCodec, to_tokens
+from jaxgen.tokenizers.bytes import PixelCodec
 from jaxgen.tokenizers.jpeg import JpegCodec
 
 __all__ = ["ByteImageConfig", "CodecConfig", "jpeg_grammar"]
@@ -23,18 +24,17 @@ KINDS = ("jpeg", "pixels")
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecConfig:
-    """How images become bytes.
+class CodecConfig(FileCodecConfig):
+    """How images become tokens.
 
     Attributes:
+      length, merges, pairs: see `FileCodecConfig`.
       kind: "jpeg", or "pixels" for a byte a number.
-      length: tokens a model reads and makes; files with fewer bytes are filled up, longer ones are cut.
       size: side of the images; 0 is what the data have.
       quality, subsampling, restart, header: see `JpegCodec`.
     """
 
     kind: str = "jpeg"
-    length: int = 64
     size: int = 0
     quality: int = 25
     subsampling: str = "4:2:0"
@@ -44,7 +44,8 @@ class CodecConfig:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"codec.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
-        check_fields("codec", self, length=1, size=0)
+        check_fields("codec", self, size=0)
+        super().__post_init__()
         self.build(3)
 
     def build(self, channels: int) -> JpegCodec | PixelCodec:
@@ -67,7 +68,7 @@ class ByteImageConfig(ByteFileConfig):
     classifier: ClassifierConfig = ClassifierConfig()
 
     def resolve(self) -> ByteImageConfig:
-        """The configuration with the images' size filled in from the data.
+        """The configuration with what the data tell filled in: the images' size, and `codec.pairs`.
 
         Raises:
           ValueError: the data cannot be read, have more classes or another size, or files longer than `codec.length` among the
@@ -80,12 +81,14 @@ class ByteImageConfig(ByteFileConfig):
         if found[0] != found[1] or self.codec.size not in (0, found[0]):
             raise ValueError(f"images of {found[0]}x{found[1]} (data.path={data.path}): codec.size={self.codec.size}")
         config = dataclasses.replace(self, codec=dataclasses.replace(self.codec, size=found[0]))
-        codec, longest = config.codec.build(data.channels), 0
-        for image in next(iter(image_batches(data, 100, "test", 0, 1)))["image"]:
-            longest = max(longest, len(codec.encode(image)))
-        if longest > config.codec.length:
-            raise ValueError(f"codec.length={config.codec.length}: there are files of {longest} bytes")
+        config = config.with_pairs(config._files("train", LEARNT_FROM))
+        config.check_length(config._files("test", 100))
         return config
+
+    def _files(self, split: str, count: int) -> Iterator[bytes]:
+        """The files of the first images of a split, in the order in which they are read."""
+        images = next(iter(image_batches(self.data, count, split, 0, 1)))["image"]
+        return map(self.build_codec().encode, images)
 
     def build_codec(self) -> JpegCodec | PixelCodec:
         """See `ByteFileConfig`."""
@@ -93,16 +96,17 @@ class ByteImageConfig(ByteFileConfig):
 
     def build_grammar(self) -> JpegGrammar | None:
         """See `ByteFileConfig`; pixels have none."""
-        return jpeg_grammar(self.build_codec(), self.codec.length) if self.codec.kind == "jpeg" else None
+        return jpeg_grammar(self.build_codec()) if self.codec.kind == "jpeg" else None
 
     def token_batches(self, split: str, shard_index: int, shard_count: int):
         """See `ByteFileConfig`."""
-        codec, length = self.build_codec(), self.codec.length
+        tokenizer = self.build_file_tokenizer()
 
-        def to_bytes(batch):
-            return {"tokens": np.stack([to_tokens(codec.encode(x), length) for x in batch["image"]]), "label": batch["label"]}
+        def to_files(batch):
+            files = map(tokenizer.codec.encode, batch["image"])
+            return {"tokens": np.stack([*map(tokenizer.tokens, files)]), "label": batch["label"]}
 
-        return image_batches(self.data, self.model_train.batch_size, split, shard_index, shard_count).map(to_bytes)
+        return image_batches(self.data, self.model_train.batch_size, split, shard_index, shard_count).map(to_files)
 
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
@@ -114,12 +118,7 @@ class ByteImageConfig(ByteFileConfig):
         return dataclasses.replace(base, stages=(*base.stages, judge))
 
 
-def jpeg_grammar(codec: JpegCodec, length: int) -> JpegGrammar:
-    """The grammar of a codec's bytes, at most `length` of them.
-
-    Raises:
-      ValueError: no file is so short.
-    """
+def jpeg_grammar(codec: JpegCodec) -> JpegGrammar:
+    """The grammar of a codec's bytes."""
     blocks = tuple((0, 1) if component == 0 else (2, 3) for component in codec.blocks)
-    fields = dict(mcus=codec.mcus, restart=codec.restart, head=codec.head)
-    return JpegGrammar(tables=codec.tables, blocks=blocks, length=length, end=END, **fields)
+    return JpegGrammar(tables=codec.tables, blocks=blocks, mcus=codec.mcus, restart=codec.restart, head=codec.head)

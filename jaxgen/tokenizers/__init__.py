@@ -8,6 +8,7 @@ from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.frequency import FrequencyTokenizer
 from jaxgen.tokenizers.jpeg import JpegCodec
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer, Reconstruction
+from jaxgen.tokenizers.pairs import Pairs, learn_pairs
 from jaxgen.tokenizers.pixels import PixelTokenizer
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "FrequencyTokenizer",
     "JpegCodec",
     "MultiScaleTokenizer",
+    "Pairs",
     "PixelCodec",
     "PixelTokenizer",
     "Reconstruction",
+    "learn_pairs",
 ]

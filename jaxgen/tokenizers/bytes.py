@@ -13,10 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxgen.data.transforms import pixels, to_uint8
 from jaxgen.orders import Order, raster
+from jaxgen.tokenizers.pairs import BYTES, END, Pairs
 
 __all__ = ["END", "ByteTokenizer", "Codec", "PixelCodec", "from_tokens", "to_tokens"]
-
-END = 256  # the token behind a file's last byte
 
 
 class Codec(Protocol):
@@ -71,19 +70,19 @@ class PixelCodec:
         return data
 
 
-def to_tokens(data: bytes, length: int) -> Int[np.ndarray, "l"]:
-    """Bytes, then `END`. Of more than `length` bytes the first ones, without an end."""
+def to_tokens(data: bytes, length: int, pairs: Pairs = BYTES) -> Int[np.ndarray, "l"]:
+    """The tokens of bytes, then `END`. Of more than `length` tokens the first ones, without an end."""
     tokens = np.full(length, END, np.int32)
-    cut = data[:length]
-    tokens[: len(cut)] = np.frombuffer(cut, np.uint8)
+    cut = pairs.encode(data)[:length]
+    tokens[: len(cut)] = cut
     return tokens
 
 
-def from_tokens(tokens: Int[np.ndarray, "l"]) -> bytes:
+def from_tokens(tokens: Int[np.ndarray, "l"], pairs: Pairs = BYTES) -> bytes:
     """The bytes before the first `END`."""
     tokens = np.asarray(tokens)
     ends = np.flatnonzero(tokens == END)
-    return bytes(tokens[: ends[0] if len(ends) else len(tokens)].astype(np.uint8))
+    return pairs.decode(tokens[: ends[0] if len(ends) else len(tokens)])
 
 
 class ByteTokenizer(nn.Module):
@@ -92,6 +91,8 @@ class ByteTokenizer(nn.Module):
     Attributes:
       codec: between pixels and bytes.
       length: l, tokens an image.
+      pairs: of bytes, which are tokens, too.
+      merges: tokens that a model has for pairs, of which those that `pairs` lacks mean nothing.
 
     Example:
       >>> tokenizer = ByteTokenizer(JpegCodec(image_size=8, channels=1), length=64)
@@ -100,8 +101,21 @@ class ByteTokenizer(nn.Module):
 
     codec: Any
     length: int
+    pairs: Pairs = BYTES
+    merges: int = 0
 
-    vocab = END + 1  # a fact of the class, not a field
+    @property
+    def vocab(self) -> int:
+        """v, tokens that a model of them has."""
+        return END + 1 + max(self.merges, len(self.pairs))
+
+    def tokens(self, data: bytes) -> Int[np.ndarray, "l"]:
+        """See `to_tokens`."""
+        return to_tokens(data, self.length, self.pairs)
+
+    def file(self, tokens: Int[np.ndarray, "l"]) -> bytes:
+        """See `from_tokens`."""
+        return from_tokens(tokens, self.pairs)
 
     @property
     def order(self) -> Order:
@@ -117,7 +131,7 @@ class ByteTokenizer(nn.Module):
         """Tokens of pictures in [-1, 1]. A file that is too long is cut, and then not valid."""
 
         def run(images):
-            return np.stack([to_tokens(self.codec.encode(image), self.length) for image in np.asarray(images)])
+            return np.stack([self.tokens(self.codec.encode(image)) for image in np.asarray(images)])
 
         out = jax.ShapeDtypeStruct((images.shape[0], self.length), jnp.int32)
         return jax.pure_callback(run, out, to_uint8(images), vmap_method="sequential")
@@ -133,7 +147,7 @@ class ByteTokenizer(nn.Module):
             pictures, valid = np.zeros((len(tokens), *self.codec.shape), np.uint8), np.zeros(len(tokens), bool)
             for i, row in enumerate(np.asarray(tokens)):
                 try:
-                    pictures[i], valid[i] = self.codec.decode(from_tokens(row)), True
+                    pictures[i], valid[i] = self.codec.decode(self.file(row)), True
                 except ValueError:  # told by `valid`
                     continue
             return pictures, valid

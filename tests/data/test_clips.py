@@ -1,5 +1,7 @@
 """Windows of films and moving digits: which frames there are, which split they are of, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -58,7 +60,39 @@ def test_digits_that_move():
     np.testing.assert_array_equal(again[7]["clip"], moving_digits("test", frames=5)[7]["clip"][::2])
 
 
-@pytest.mark.parametrize("edit", [dict(frames=0), dict(every=0), dict(height=-1), dict(workers=-1), dict(seed=-1)])
+def test_each_motion_of_a_digit_is_another():
+    """The first ones are those of one motion each; all are the same whenever they are asked for."""
+    one, three = (moving_digits("train", frames=3, motions=n) for n in (1, 3))
+    assert len(three) == 3 * len(one)
+    for i in range(5):
+        same, others = three[i], [three[i + k * len(one)] for k in (1, 2)]
+        np.testing.assert_array_equal(same["clip"], one[i]["clip"])
+        assert all(other["label"] == same["label"] and (other["clip"] != same["clip"]).any() for other in others)
+        np.testing.assert_array_equal(three[i + len(one)]["clip"], others[0]["clip"])
+    assert three.name(len(one) + 2) == "digits[2], motion 1"
+    config = ClipConfig(frames=3, motions=3)
+    assert len(config.source("train")) == len(three) and len(config.source("test")) == len(digits("test"))
+
+
+def test_clips_without_classes(path):
+    for config in (ClipConfig(frames=2, labelled=False), ClipConfig(path=path, frames=2, labelled=False)):
+        source, labelled = (dataclasses.replace(config, labelled=x).source("train") for x in (False, True))
+        assert source.num_classes == 1 < labelled.num_classes and len(source) == len(labelled)
+        assert source.shape == labelled.shape and source.name(7) == labelled.name(7)
+        assert {source[i]["label"] for i in range(len(source))} == {0}
+        np.testing.assert_array_equal(source[9]["clip"], labelled[9]["clip"])
+
+
+def test_what_is_not_there_is_drawn(path):
+    there, gone = ClipConfig(path=path), ClipConfig(path="gone.npz", labelled=False, frames=2, every=8, height=48, width=64)
+    assert there.or_drawn() is there and ClipConfig().or_drawn() == ClipConfig()
+    assert gone.or_drawn() == dataclasses.replace(gone, path="digits")
+    assert gone.or_drawn().source("train")[0]["clip"].shape == (2, 48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "edit", [dict(frames=0), dict(motions=0), dict(every=0), dict(height=-1), dict(workers=-1), dict(seed=-1)]
+)
 def test_bad_fields(edit):
     (name, value), *_ = edit.items()
     with pytest.raises(ValueError, match=f"data.{name}={value}: expected at least"):

@@ -312,3 +312,11 @@ def test_info():
         "n_test": 299,
     }
     assert info(DataConfig(path="digits", image_size=16))["image_shape"] == (16, 16, 3)
+
+
+def test_what_is_not_there_is_drawn(tmp_path):
+    for there in (DataConfig(), DataConfig(path="world"), DataConfig(path=str(tmp_path))):
+        assert there.or_drawn() is there
+    gone = DataConfig(path=str(tmp_path / "gone"), image_size=16)
+    assert gone.or_drawn() == dataclasses.replace(gone, path="world")
+    assert make_source(gone.or_drawn(), "train")[0]["image"].shape == (16, 16, 3)

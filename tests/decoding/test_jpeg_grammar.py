@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgen.decoding import Context, JpegGrammar, KVCache, Sequences, constrain, sample_tokens
+from jaxgen.decoding import Context, FileTokens, JpegGrammar, KVCache, Sequences, constrain, sample_tokens
 from jaxgen.decoding.grammar import states_after
 from jaxgen.decoding.step import Out
 from jaxgen.orders import raster
 from jaxgen.recipes.byte_images import jpeg_grammar
 from jaxgen.tokenizers.bytes import END, from_tokens, to_tokens
 from jaxgen.tokenizers.jpeg import JpegCodec
+from jaxgen.tokenizers.pairs import BYTES, learn_pairs
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
 
@@ -21,10 +22,14 @@ GREY = JpegCodec((8, 16), 1, quality=75)
 COLOUR = JpegCodec((16, 48), 3, quality=60, restart=2, header="frame")
 
 
+def automaton(codec, length, pairs=BYTES):
+    return FileTokens(jpeg_grammar(codec), length, pairs.pieces, len(pairs.pieces))
+
+
 @functools.cache
 def runner(codec, length):
     """(grammar, states and allowed tokens along a path)."""
-    grammar = jpeg_grammar(codec, length)
+    grammar = automaton(codec, length)
 
     @jax.jit
     def run(tokens):
@@ -71,13 +76,22 @@ def test_accepts_files_and_refuses_what_is_none(codec):
     assert ok.tolist() == want and 0 < sum(want) < len(want)
 
 
-@pytest.mark.parametrize("codec, spare", [(GREY, 0), (GREY, 1), (GREY, 6), (COLOUR, 0), (COLOUR, 60)])
-def test_what_is_allowed_always_leads_to_a_file(codec, spare):
-    """Uniform draws among the allowed bytes, with no more room than the shortest file has, and with more."""
+@functools.cache
+def learnt(codec, merges):
+    rng = np.random.default_rng(5)
+    return learn_pairs([codec.encode(rng.integers(90, 110, codec.shape).astype(np.uint8)) for _ in range(40)], merges)
+
+
+@pytest.mark.parametrize(
+    "codec, spare, merges", [(GREY, 0, 0), (GREY, 1, 0), (GREY, 6, 20), (COLOUR, 0, 0), (COLOUR, 0, 30), (COLOUR, 60, 30)]
+)
+def test_what_is_allowed_always_leads_to_a_file(codec, spare, merges):
+    """Uniform draws among the allowed tokens, with no more room than the shortest file has bytes, and with more."""
     least = len(codec.head) + shortest(codec)
-    with pytest.raises(ValueError, match=f"length={least - 1}: the shortest file has {least} tokens"):
-        jpeg_grammar(codec, least - 1)
-    grammar = jpeg_grammar(codec, least + spare)
+    with pytest.raises(ValueError, match=f"length={least - 1}: the shortest file has {least} bytes"):
+        automaton(codec, least - 1)
+    pairs = learnt(codec, merges)
+    grammar = automaton(codec, least + spare, pairs)
 
     def step(params, cache, view, cond):
         return Out(jnp.zeros((*view.tokens.shape, grammar.vocab))), cache
@@ -86,10 +100,11 @@ def test_what_is_allowed_always_leads_to_a_file(codec, spare):
     options = dict(cache=cache, order=raster(least + spare), grammar=grammar, stop=END)
     draw = jax.jit(lambda key: sample_tokens(step, params=None, cond=None, batch=16, key=key, **options))
     tokens = draw(jax.random.key(1))
-    files = [from_tokens(row) for row in np.asarray(tokens)]
+    files = [from_tokens(row, pairs) for row in np.asarray(tokens)]
     assert all(parses(codec, file) and codec.opens(codec.file(file)) for file in files)
     lengths = {len(file) for file in files}
-    assert lengths == {least} if spare == 0 else max(lengths) > least
+    assert lengths == {least} if spare == merges == 0 else max(lengths) > least
+    assert len(pairs) == merges and (np.asarray(tokens) > END).any() == (merges > 0)
 
 
 def shortest(codec):
@@ -104,7 +119,8 @@ def shortest(codec):
 def test_dead_ends_are_seen_before_they_are_entered():
     """At coefficient 62 a code for a run of two zeros leads nowhere, and neither do the first bits of one."""
     grammar, _ = runner(GREY, 80)
-    state = grammar.begin(())._replace(coefficient=jnp.int32(62))
+    state = grammar.begin(())
+    state = state._replace(bytes=state.bytes._replace(coefficient=jnp.int32(62)))
     allowed = np.asarray(jax.jit(grammar.allowed)(state))
     prefix = [format(byte, "08b") for byte in range(256)]
     # Annex K.3.2: 0/1 is 00 (a bit of value follows), 1/1 is 1100, 2/1 is 11100, 0/0 is 1010.
@@ -134,4 +150,4 @@ def test_paths_of_drafts_are_followed():
 
 def test_bad_tables():
     with pytest.raises(ValueError, match="more codes of 1 bits than there are"):
-        JpegGrammar(tables=(((3, *[0] * 15), b"\0\1\2"), ((1, *[0] * 15), b"\0")), blocks=((0, 1),), mcus=1, length=9)
+        JpegGrammar(tables=(((3, *[0] * 15), b"\0\1\2"), ((1, *[0] * 15), b"\0")), blocks=((0, 1),), mcus=1)

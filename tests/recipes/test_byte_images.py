@@ -64,15 +64,37 @@ def test_samples_are_files_in_one_compilation(params, monkeypatch, tmp_path):
     off = off.sample(params, jax.random.key(0), labels, cfg=0.5, temperature=0.9)
     np.testing.assert_array_equal(off["tokens"], free["tokens"])
 
-    codec, tokens = CONFIG.codec.build(1), np.concatenate([out["tokens"][:2], free["tokens"][:1]])
-    paths = save_files(tmp_path / "out", codec, tokens)
+    tokens = np.concatenate([out["tokens"][:2], free["tokens"][:1]])
+    paths = save_files(tmp_path / "out", CONFIG.build_tokenizer(), tokens)
     assert [path.name for path in paths] == ["0000.jpg", "0001.jpg", "0002.bin"]
     assert paths[2].read_bytes() == from_tokens(tokens[2])
     for path, image in zip(paths[:2], np.asarray(out["images"])):
         np.testing.assert_allclose(np.asarray(Image.open(io.BytesIO(path.read_bytes()))) / 127.5 - 1, image[..., 0], atol=1e-6)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write .*0000.jpg"):
-        save_files(tmp_path / "file", codec, tokens)
+        save_files(tmp_path / "file", CONFIG.build_tokenizer(), tokens)
+
+
+@pytest.mark.numeric
+def test_pairs_of_bytes(params, randomize):
+    """Learnt from the first training files, kept in the configuration, and read so by data, sampler and files."""
+    asked = config_lib.override(CONFIG, ["codec.merges=12"])
+    with pytest.raises(ValueError, match=r"codec.merges=12: codec.pairs is empty; resolve\(\) the configuration first"):
+        asked.recipe().stage("generator").data(0, 1)
+    config = asked.resolve()
+    assert config == asked.resolve() == config_lib.from_json(config_lib.to_json(config)) == config.resolve()
+    tokenizer, codec = config.build_tokenizer(), CONFIG.build_codec()
+    assert len(tokenizer.pairs) == 12 and tokenizer.vocab == config.build_generator().vocab == 257 + 12
+    batches = [next(iter(x.recipe().stage("generator").data(0, 1)))["tokens"] for x in (CONFIG, config)]
+    files = [from_tokens(row) for row in batches[0]]
+    assert [tokenizer.file(row) for row in batches[1]] == files and (batches[1] > END).any()
+    assert (batches[1] != END).sum() < (batches[0] != END).sum()
+
+    weights = {"generator": jax.device_put(randomize({"generator": config.build_generator().param_shapes()}))}
+    out = config.recipe().sample(weights, jax.random.key(0), np.arange(16, dtype=np.int32) % 10, cfg=0.0)
+    tokens = np.asarray(out["tokens"])
+    assert np.asarray(out["valid"]).all() and (tokens > END).any()
+    np.testing.assert_allclose(out["images"][3], codec.decode(tokenizer.file(tokens[3])) / 127.5 - 1, atol=1e-6)
 
 
 @pytest.mark.numeric
@@ -101,7 +123,7 @@ def test_every_variant_builds_and_survives_json(variant):
     if variant == "paper":  # Llama 2 7B without its text vocabulary, which is 2 x 32,000 x 4096
         shapes = config.build_generator().param_shapes()["params"]
         size = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
-        assert size == 6_738_415_616 - 2 * 32_000 * 4096 + (2 * 257 + 1001) * 4096
+        assert size == 6_738_415_616 - 2 * 32_000 * 4096 + (2 * (257 + 64) + 1001) * 4096
 
 
 def test_the_claim_compares_equals(monkeypatch):
@@ -139,6 +161,9 @@ def test_the_claim_compares_equals(monkeypatch):
         ("codec.subsampling=4:1:1", "codec.subsampling='4:1:1'"),
         ("codec.quality=0", "codec.quality=0"),
         ("codec.length=0", "codec.length=0"),
+        ("codec.merges=-1", "codec.merges=-1"),
+        ("codec.pairs=1,2", "codec.pairs: 1 merges, expected at most codec.merges=0"),
+        ("codec.pairs=1,256", r"codec.pairs: merges\[1\]=256"),
     ],
 )
 def test_bad_configurations(edit, message):
@@ -154,7 +179,7 @@ def test_what_does_not_fit_the_data():
     ):
         with pytest.raises(ValueError, match=message):
             config_lib.override(CONFIG, [edit]).resolve()
-    with pytest.raises(ValueError, match="length=2: the shortest file has 3 tokens"):
+    with pytest.raises(ValueError, match="length=2: the shortest file has 3 bytes"):
         config_lib.override(CONFIG, ["codec.length=2"]).build_sampler()
     assert dataclasses.replace(CONFIG, codec=CodecConfig(length=24, quality=10)).resolve() == CONFIG
     for call in (lambda: jpeg_lm.get_config("tiny"), lambda: jpeg_lm.claim("huge")):

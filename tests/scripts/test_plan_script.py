@@ -54,6 +54,22 @@ def test_patterns_stay_in_what_is_proposed(planned, succeeds, config_path):
         assert all(stage.rules[0] == ("head/head/kernel", P()) for stage in recipe.stages)
 
 
+@pytest.mark.parametrize(
+    "name, drawn, edits",
+    [
+        ("jpeg_lm", "world", ["data.image_size=32", "codec.size=32"]),
+        ("avc_lm", "digits", ["data.height=16", "data.width=32"]),
+    ],
+)
+def test_data_that_are_not_there(planned, succeeds, name, drawn, edits):
+    """Are drawn in the shape that was asked for, by this process."""
+    config, edits = ROOT / "configs" / f"{name}.py", [*edits, "model_train.batch_size=2", "codec.length=1500"]
+    succeeds("plan", "--config", str(config), "--variant", "paper", "--device", "v5e-1", "--set", *edits)
+    ((recipe, *_),) = planned
+    assert (recipe.config.data.path, recipe.config.data.workers) == (drawn, 0)
+    assert next(iter(recipe.stage("generator").data(0, 1)))["tokens"].shape == (2, 1500)
+
+
 def test_a_pattern_without_a_parameter(planned, refused, config_path):
     said = refused(*arguments(config_path, "--shard", "haed/kernel=tensor"))
     assert said.startswith("--shard pattern 'haed/kernel' matches no parameter") and not planned

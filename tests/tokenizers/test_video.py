@@ -63,8 +63,9 @@ def test_headers(restart, units):
     split = [codec.encode(pixels).split(b"\0\0\1") for pixels in clips]
     assert [len(found) for found in split] == [units] * 3 == [len(codec.headers)] * 3
     for header, *found in zip(codec.headers, *split):
-        assert len(header) >= 3 and all(unit.startswith(header) for unit in found)
-        assert len({unit[: len(header) + 2] for unit in found}) > 1
+        bits = ["".join(format(byte, "08b") for byte in unit) for unit in found]
+        assert len(header) >= 24 and all(text.startswith(header) for text in bits)
+        assert len({text[: len(header) + 16] for text in bits}) > 1
 
 
 def test_what_readers_make_up(codec):
