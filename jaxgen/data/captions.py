@@ -22,12 +22,12 @@ class CaptionedSource(Source, Protocol):
         ...
 
 
-def caption_bytes(text: str, length: int, *, name: str, cut: bool = False) -> UInt8[np.ndarray, "length"]:
+def caption_bytes(text: str, length: int, *, name: str, cut: bool = False) -> UInt8[np.ndarray, "n"]:
     """UTF-8 bytes, then zeros.
 
     Args:
       text: a caption.
-      length: of the result.
+      length: n, of the result.
       name: names the caption in errors.
       cut: longer captions lose their end, whole characters of it; otherwise they are an error.
 
@@ -48,7 +48,7 @@ def caption_bytes(text: str, length: int, *, name: str, cut: bool = False) -> UI
     return np.frombuffer(raw.ljust(length, b"\0"), np.uint8)
 
 
-def caption_array(texts: Sequence[str], length: int) -> UInt8[np.ndarray, "b length"]:
+def caption_array(texts: Sequence[str], length: int) -> UInt8[np.ndarray, "b n"]:
     """Prompts as a model of captions is asked for them; raises as `caption_bytes`."""
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"prompts {texts!r}: expected at least one, in a list")

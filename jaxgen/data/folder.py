@@ -100,9 +100,9 @@ def folder(root: str, split: str) -> FileSource:
     - `root/<class>/...`: class ids in the order of the sorted names of the training folders;
     - images in `root` itself: one class.
 
-    Captions are in `metadata.jsonl` (lines {"file_name": "0001.png", "text": "a cat"}) of `root`, `root/train` and so on, or beside
-    an image, in a file of its name that ends in `.txt`. Where there is neither `val` nor `test`, a tenth of each class is held out (see `held_out`). Files and folders whose
-    name starts with a dot are passed over.
+    Where there is neither `val` nor `test`, a tenth of each class is held out (see `held_out`). Files and folders whose
+    name starts with a dot are passed over. Captions are in `metadata.jsonl` (lines {"file_name": "0001.png", "text": "a cat"}) of
+    `root`, `root/train` and so on, or beside an image, in a file of its name that ends in `.txt`.
 
     Args:
       root: the folder.

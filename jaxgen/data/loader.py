@@ -45,9 +45,9 @@ class DataConfig:
       skip_bad: leave out damaged shards, and images that cannot be decoded; otherwise the first one met is an error.
       seed: of order, crops and flips.
       workers: processes that make batches; 0 makes them in this process. The batches are the same.
-      captions: bytes of a caption; 0 does without. Batches then have "caption", too: what an npz file's `caption` or `name` says, a
-        text or `metadata.jsonl` beside images in folders, a text in shards, or the world (see `captions.Captioned`). Mirrored
-        images keep theirs.
+      captions: bytes of a caption; 0 does without. Batches then have "caption", too: what an npz file's `caption` or `name` says,
+        a text or `metadata.jsonl` beside images in folders, a text in shards, or the world (see `captions.Captioned`).
+        Mirrored images keep theirs.
       cut_captions: longer ones lose their end; otherwise they are an error.
       tokens: a token cache of these images (see `token_cache.write_tokens`), in its folders `train` and `test`: generators are
         trained from it. Empty encodes the images in every step.

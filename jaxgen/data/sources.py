@@ -37,7 +37,7 @@ class Example(TypedDict):
 
     image: UInt8[np.ndarray, "H W C"]
     label: int
-    caption: NotRequired[UInt8[np.ndarray, "length"]]
+    caption: NotRequired[UInt8[np.ndarray, "n"]]
 
 
 class Source(Protocol):

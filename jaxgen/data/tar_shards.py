@@ -23,8 +23,8 @@ CAPTIONS = ("caption", "text")  # of a JSON object
 
 @dataclasses.dataclass(frozen=True)
 class TarShards:
-    """Reads `<key>.<image>` with its class in `<key>.cls` (a number) or `<key>.json` (its "label"), and its caption in `<key>.txt` or
-    in the same JSON (its "caption" or "text"); other files are passed over.
+    """Reads `<key>.<image>` with its class in `<key>.cls` (a number) or `<key>.json` (its "label"), and its caption in
+    `<key>.txt` or in the same JSON (its "caption" or "text"); other files are passed over.
 
     An example's place is where its image's bytes begin, so that reading one is a seek and a read.
     """
@@ -89,9 +89,9 @@ class TarShards:
 
 
 def write_tar(source: Source, folder: str | os.PathLike, *, per_shard: int = 10_000, prefix: str = "train") -> list[str]:
-    """Writes a source, with its captions, as tar shards, `<prefix>-000000.tar` and so on, which are read at random faster than parquet.
+    """Writes a source as tar shards, `<prefix>-000000.tar` and so on, which are read at random faster than parquet.
 
-    Compressed images are copied as they are, others become PNG. A shard is whole once it has its name.
+    Captions come along. Compressed images are copied as they are, others become PNG. A shard is whole once it has its name.
 
     Args:
       source: images; their names, where they have any, are not kept.

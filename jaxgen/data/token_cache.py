@@ -211,8 +211,8 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSource:
-    """Random access to a cache: `source[i]` has "tokens" [views, ...], "view" [views, 3] (top, left, flip), "label" and, where the
-    cache has them, "caption" [bytes].
+    """Random access to a cache: `source[i]` has "tokens" [views, ...], "view" [views, 3] (top, left, flip), "label" and, where
+    there are captions, "caption" [bytes].
 
     Args:
       folder: of a cache of which all shards are there.

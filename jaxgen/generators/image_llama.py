@@ -23,11 +23,11 @@ __all__ = ["ImageLlama"]
 class ImageLlama(TokenModel, LlamaModel):
     """Condition and the tokens so far -> logits of the next token.
 
-    The condition stands in front of the image: a class is one vector, a caption up to p of them, a `Context` of features [b, p, c]
-    and of a mask [b, p] that is False on the padding and True somewhere in each row. Nothing sees the padding, on whichever side
-    it is given: the last word stands next to the image. Positions turn with row and column (`rotate`); those of the condition
-    turn to nothing, as in the published models: there its queries and keys are 0, so that it is read, by its values, with the
-    weight of an average key. On one axis all turn, and the condition comes before the tokens.
+    The condition stands in front of the image: a class is one vector, a caption up to p of them, a `Context` of features
+    [b, p, c] and of a mask [b, p] that is False on the padding and True somewhere in each row. Nothing sees the padding, on
+    whichever side it is given: the last word stands next to the image. Positions turn with row and column (`rotate`); those of
+    the condition turn to nothing, as in the published models: there its queries and keys are 0, so that it is read, by its
+    values, with the weight of an average key. On one axis all turn, and the condition comes before the tokens.
 
     Attributes:
       grid: tokens along a side of a square, or along each of one to three axes.
@@ -146,7 +146,8 @@ class ImageLlama(TokenModel, LlamaModel):
         if not self.num_classes:
             seen = self._seen(cond)[:, :n]
             first = jnp.argsort(~seen, axis=1, stable=True)
-            x, coords, count = jnp.take_along_axis(x, first[..., None], axis=1), jnp.asarray(self._coords)[first], seen.sum(axis=1)
+            x, coords = jnp.take_along_axis(x, first[..., None], axis=1), jnp.asarray(self._coords)[first]
+            count = seen.sum(axis=1)
         _, cache = self._hidden(x, coords, cache, jnp.tril(jnp.ones((n, n), bool)))
         return cache.commit(count)
 

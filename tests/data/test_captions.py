@@ -155,7 +155,8 @@ def test_bytes():
     # The letter of two bytes does not fit whole.
     assert text(caption_bytes("abné", 4, name="x", cut=True)) == "abn"
     assert [text(row) for row in caption_array(["a", "a b c"], 5)] == ["a", "a b c"]
-    for bad, message in (("", "x: '' is no caption"), ("a\0b", "is no caption"), ("abné", "x: 'abné' has 5 bytes; expected at most 4")):
+    long = "x: 'abné' has 5 bytes; expected at most 4"
+    for bad, message in (("", "x: '' is no caption"), ("a\0b", "is no caption"), ("abné", long)):
         with pytest.raises(ValueError, match=message):
             caption_bytes(bad, 4, name="x")
     with pytest.raises(ValueError, match="prompts 'red': expected at least one, in a list"):

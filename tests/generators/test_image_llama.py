@@ -115,7 +115,7 @@ def test_bad_input(case):
     long = Context(np.zeros((1, 9, 6)), np.ones((1, 9), bool))
     refused = [(np.array([7]), "label 7 is out of range")]
     if not model.num_classes:
-        refused = [(long, r"captions \(1, 9, 6\) with a mask \(1, 9\)"), (FEATURES, "captions of type ndarray: expected a Context")]
+        refused = [(long, r"captions \(1, 9, 6\) with a mask \(1, 9\)"), (FEATURES, "captions of type ndarray")]
     for given, message in refused:
         with pytest.raises(ValueError, match=message):
             sampler({}, jax.random.key(0), given)

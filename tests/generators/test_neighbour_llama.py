@@ -86,7 +86,8 @@ def test_one_program_for_all_settings_and_rows_apart(case):
     sampler, given = NextTokenSampler(generator=model, tokenizer=None), {"generator": params}
     _, usual = sampler(given, jax.random.key(0), cond, Settings(cfg=1.0))
     before = NextTokenSampler._sample._cache_size()
-    _, other = sampler(given, jax.random.key(1), jax.tree.map(lambda x: x[::-1], cond), Settings(cfg=0.5, temperature=2.0, top_k=3))
+    backwards = jax.tree.map(lambda x: x[::-1], cond)
+    _, other = sampler(given, jax.random.key(1), backwards, Settings(cfg=0.5, temperature=2.0, top_k=3))
     assert NextTokenSampler._sample._cache_size() == before and np.any(usual != other)
     _, same = sampler(given, jax.random.key(0), jax.tree.map(lambda x: np.stack([x[0], x[0]]), cond), Settings(cfg=1.0))
     np.testing.assert_array_equal(same[0], usual[0])
