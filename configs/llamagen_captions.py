@@ -71,8 +71,8 @@ def _small() -> CaptionLlamaConfig:
     return CaptionLlamaConfig(
         data=DataConfig(path="world", image_size=32, captions=LONGEST),
         tokenizer=FlexibleTokenizerConfig(
-            ch=32,
-            ch_mult=(1, 1, 2),
+            ch=16,
+            ch_mult=(1, 2, 4),
             res_blocks=1,
             attention=False,
             groups=8,
@@ -90,23 +90,23 @@ def _small() -> CaptionLlamaConfig:
             revive_every=25,
             optim=OptimConfig(lr=1e-3, warmup_steps=50, schedule="cosine", lr_end=0.05, weight_decay=0.0, b2=0.99, clip=1.0),
         ),
-        model=LlamaSizesConfig(width=160, depth=4, heads=5, token_dropout=0.0, dropout=0.0),
-        text=TextEncoderConfig(features=96, width=96, depth=2, heads=4, stride=8),
+        model=LlamaSizesConfig(width=128, depth=4, heads=4, token_dropout=0.0, dropout=0.0),
+        text=TextEncoderConfig(features=64, width=64, depth=2, heads=4, stride=8),
         model_train=ModelTrainConfig(
             steps=3000,
-            batch_size=64,
+            batch_size=32,
             ema=0.998,
-            optim=OptimConfig(lr=1e-3, warmup_steps=100, schedule="cosine", lr_end=0.05, clip=1.0, no_decay=NO_DECAY),
+            optim=OptimConfig(lr=1.5e-3, warmup_steps=100, schedule="cosine", lr_end=0.05, clip=1.0, no_decay=NO_DECAY),
         ),
-        run=RunConfig(save_every=500, eval_every=500),
+        run=RunConfig(save_every=500, eval_every=1000),
     )
 
 
 def _paper() -> CaptionLlamaConfig:
     """LlamaGen-XL on 50 million captioned images at 256 pixels, bf16, with the constant schedule of the authors' script.
 
-    The script's default of 300 passes is that of ImageNet; here there are four. To use their tokenizer (`vq_ds16_t2i.pt`), convert
-    it into the work directory first.
+    The script's default of 300 passes is that of ImageNet; here there are four. To use their tokenizer (`vq_ds16_t2i.pt`),
+    convert it into the work directory first.
     """
     images = 50_000_000
     optim = OptimConfig(lr=1e-4, schedule="constant", weight_decay=0.05, clip=1.0)

@@ -22,7 +22,7 @@ from jaxgen.train.log import write_json
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--num", type=int, default=1000, help="samples, spread evenly over the classes, or one a held-out caption")
+    parser.add_argument("--num", type=int, default=1000, help="samples, spread over the classes, or one a held-out caption")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--top_k", type=int, default=0)

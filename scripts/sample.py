@@ -2,7 +2,7 @@
 
 python scripts/sample.py --workdir runs/mnist --labels 0,1,2 --num 8 --cfg 1.5 --top_p 0.96 --out grid.png
 python scripts/sample.py --workdir runs/mnist --labels 3 --num 4 --image in.png --box 0.25,0.25,0.75,0.75 --out edited.png
-python scripts/sample.py --workdir runs/words --prompt "one red circle" --prompt "a white background" --num 8 --cfg 2 --out grid.png
+python scripts/sample.py --workdir runs/words --prompt "one red circle" --prompt "no crosses" --num 8 --cfg 2 --out grid.png
 python scripts/sample.py --workdir runs/flex --labels 0,1 --option "patch_nums=(1,2,(3,4),(4,6))" --out wide.png
 python scripts/sample.py --workdir runs/jpeg --labels 0,1 --out grid.png --files samples/
 python scripts/sample.py --workdir runs/avc --labels 0,1 --num 4 --out clips.gif --files samples/    # or a .png, a row a clip

@@ -82,7 +82,8 @@ def world_agreement(images: np.ndarray, captions: Sequence[str]) -> dict[str, An
 
     Returns:
       "right" and "shuffled", the share of pictures of which the whole caption is true, with each picture's own and with the one
-      after it, which is chance; and "attributes", the same for each of `attribute_scores` over the captions that say such a thing.
+      after it, which is chance; and "attributes", the same for each of `attribute_scores` over the captions that say such a
+      thing.
 
     Raises:
       ValueError: unequal numbers, fewer than two, or a caption outside the grammar.
