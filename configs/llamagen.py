@@ -5,7 +5,7 @@
 
 What the next-token systems start from. `--cfg` is constant over the image: the published scales are 1 + cfg.
 
-Variants: `smoke`, `demo` and `small` have the data and budgets of `configs/var.py`; `paper` is LlamaGen-B, `large` LlamaGen-L on
+Captions in place of classes: `configs/llamagen_captions.py`. Variants: `smoke`, `demo` and `small` have the data and budgets of `configs/var.py`; `paper` is LlamaGen-B, `large` LlamaGen-L on
 ImageNet at 256 pixels; `xl`, `xxl` and `3b` take 384 pixels. Images of one's own: set `model.num_classes`.
 """
 

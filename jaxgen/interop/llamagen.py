@@ -2,6 +2,8 @@
 
     model = load(generator="c2i_B_256.pt", tokenizer="vq_ds16_c2i.pt")
     images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=4.0, top_k=2000)
+
+Models of captions take the features of FLAN-T5 XL, which is not here: `model.sample(key, Context(features, mask))`.
 """
 
 from __future__ import annotations

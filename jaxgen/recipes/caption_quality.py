@@ -26,7 +26,15 @@ __all__ = ["caption_likelihoods", "evaluate_captions", "world_agreement"]
 
 
 def evaluate_captions(
-    recipe, params: Mapping[str, Any], key, *, num: int, batch_size: int, settings: dict, mesh: Mesh | None = None
+    recipe,
+    params: Mapping[str, Any],
+    key,
+    *,
+    num: int,
+    batch_size: int,
+    settings: dict,
+    limit: int = 1000,
+    mesh: Mesh | None = None,
 ) -> tuple[dict, np.ndarray]:
     """Everything that can be measured of a trained model of captions, on captions of held-out images.
 
@@ -37,6 +45,7 @@ def evaluate_captions(
       num: samples, one a caption; captions come again where there are fewer.
       batch_size: of sampling.
       settings: of sampling.
+      limit: images whose reconstructions and likelihoods are measured.
       mesh: where `params` lie and samples are made.
 
     Returns:
@@ -66,8 +75,8 @@ def evaluate_captions(
     else:
         generation["note"] = "not judged: only of the world's pictures an oracle knows what captions say (data.path=world)"
     results = {
-        "reconstruction": measure_reconstruction(tokenizer, variables["tokenizer"], config.data, limit=1000),
-        "likelihood": caption_likelihoods(config, variables, limit=1000),
+        "reconstruction": measure_reconstruction(tokenizer, variables["tokenizer"], config.data, limit=limit),
+        "likelihood": caption_likelihoods(config, variables, limit=limit),
         "generation": generation,
     }
     return results, images

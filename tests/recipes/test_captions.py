@@ -91,8 +91,8 @@ def test_prompts_of_any_length_share_a_program(system):
 @pytest.mark.numeric
 def test_measures(system, monkeypatch):
     recipe, params = system
-    result, images = evaluate_captions(recipe, params, jax.random.key(0), num=6, batch_size=4, settings=dict(cfg=1.0))
-    assert images.shape == (6, 16, 16, 3) and result["reconstruction"]["images"] == 1000
+    result, images = evaluate_captions(recipe, params, jax.random.key(0), num=6, batch_size=4, settings={}, limit=20)
+    assert images.shape == (6, 16, 16, 3) and result["reconstruction"]["images"] == result["likelihood"]["images"] == 20
     agreement = result["generation"]["agreement"]
     assert set(agreement) == {"samples", "reconstructions", "real"} and agreement["real"]["right"] == 1
     variables = {name: tree for stage in params.values() for name, tree in stage.items()}
