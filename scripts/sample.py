@@ -61,8 +61,8 @@ def main():
     if (args.prompt is None) == (args.labels is None):
         raise ValueError("either --labels (of classes) or --prompt (captions, text) has to be given")
     suffixes = (".txt", ".png") if args.prompt else (".png", ".gif")
-    _check_suffix("--out", args.out, suffixes)
-    _check_suffix("--npz", args.npz, (".npz",))
+    check_suffix("--out", args.out, suffixes)
+    check_suffix("--npz", args.npz, (".npz",))
     if (args.box or args.outpaint) and not args.image:
         raise ValueError("--box and --outpaint edit a picture: --image is missing")
     step = int(args.step) if args.step and args.step.isdigit() else args.step
@@ -72,7 +72,7 @@ def main():
     if (text or recipe.prompts is not None) != (args.prompt is not None):
         of = f"makes {recipe.modality}{' of captions' if recipe.prompts else '' if text else ' of classes'}"
         raise ValueError(f"--workdir {args.workdir}: {of}; give {'--labels' if args.prompt else '--prompt'}")
-    _check_suffix("--out", args.out, (".txt",) if text else (".png", ".gif"))
+    check_suffix("--out", args.out, (".txt",) if text else (".png", ".gif"))
     video = recipe.modality == "video"
     if not video and args.out.endswith(".gif"):
         raise ValueError(f"--out {args.out}: {args.workdir} makes {recipe.modality}, which does not move; expected a .png")
@@ -87,7 +87,7 @@ def main():
         raise ValueError(f"--option {unknown[0]!r}: the sampler of {args.workdir} has no such option") from error
 
 
-def _check_suffix(flag: str, path: str | None, suffixes: tuple[str, ...]):
+def check_suffix(flag: str, path: str | None, suffixes: tuple[str, ...]):
     if path and not path.endswith(suffixes):
         raise ValueError(f"{flag} {path}: the name has to end in {' or '.join(suffixes)}")
 

@@ -76,7 +76,7 @@ class DiffusionSampler(NextTokenSampler):
 
     def _prepare(self, params, cond):
         """(b, an empty cache, the condition and that without one)."""
-        b = cond.shape[0]
+        b = jax.tree.leaves(cond)[0].shape[0]
         return b, self.generator.init_cache(2 * b), self.conditions(params["generator"], None, cond)
 
     @functools.partial(jax.jit, static_argnums=0)
