@@ -3,7 +3,8 @@
     python scripts/train.py --config configs/llamagen.py --variant small --workdir runs/llama --set data.path=mnist.npz
     python scripts/sample.py --workdir runs/llama --labels 0,1,2 --num 8 --cfg 1 --out grid.png
 
-What the next-token systems start from. `--cfg` is constant over the image: the published scales are 1 + cfg.
+What the next-token systems start from; of captions: `configs/llamagen_captions.py`. `--cfg` is constant over the image: the
+published scales are 1 + cfg.
 
 Variants: `smoke`, `demo` and `small` have the data and budgets of `configs/var.py`; `paper` is LlamaGen-B, `large` LlamaGen-L on
 ImageNet at 256 pixels; `xl`, `xxl` and `3b` take 384 pixels. Images of one's own: set `model.num_classes`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optax
@@ -76,6 +76,8 @@ class Recipe:
         `"images"` [b, H, W, C] in [-1, 1] for image systems, `"clips"` [b, f, H, W, C] for those of video; text systems take
         prompts in place of labels and return bytes, `"tokens"` [b, s], and their `"length"` [b]. Compiled once for a batch size.
       modality: "image", "video" or "text".
+      prompts: `(texts) -> array [b, ...]`, of systems that make images of captions: what `sample` takes in place of labels.
+        Raises ValueError naming a text that it cannot read.
       write: `(folder, tokens) -> paths`, of systems whose samples are files: writes each row of the sampler's output "tokens".
     """
 
@@ -83,6 +85,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     sample: Callable[..., dict]
     modality: str = "image"
+    prompts: Callable[[Sequence[str]], Any] | None = None
     write: Callable[[str, Any], list] | None = None
 
     def override(self, edits: Iterable[str]) -> Recipe:

@@ -87,6 +87,7 @@ def compile_recipe(recipe: Recipe, devices: Sequence[Any], *, batch: int = 2) ->
 def _sampler(recipe: Recipe, params, device, batch: int) -> dict:
     mesh = make_mesh("data=1", [device])
     asked = [b"To be, or"] * batch if recipe.modality == "text" else np.arange(batch, dtype=np.int32) % 2
+    asked = asked if recipe.prompts is None else recipe.prompts(["a caption"] * batch)
     key = _place(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     with target(describe(device).kind):
         return _report(lambda params, key: recipe.sample(params, key, asked), _place(params, replicated(mesh)), key)

@@ -1,4 +1,5 @@
-"""Measures a work directory: reconstruction of held-out images, and samples in the eyes of a classifier of the real ones.
+"""Measures a work directory: reconstruction of held-out images, and samples in the eyes of a classifier of the real ones; of
+models of captions their likelihood with right and wrong captions and, on the world, what the oracle says of samples.
 
 python scripts/evaluate.py --workdir runs/mnist --num 1000 --cfg 1.5 --top_p 0.96
 python scripts/evaluate.py --workdir runs/d16 --num 50000 --inception pt_inception-2015-12-05-6726825d.pth \
@@ -12,6 +13,7 @@ import jax
 
 from jaxgen import cli, storage
 from jaxgen.interop import inception
+from jaxgen.recipes.caption_quality import evaluate_captions
 from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.image_quality import data_reference, npz_reference, sample_quality
 from jaxgen.train.log import write_json
@@ -20,7 +22,7 @@ from jaxgen.train.log import write_json
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--num", type=int, default=1000, help="samples, spread evenly over the classes")
+    parser.add_argument("--num", type=int, default=1000, help="samples, spread over the classes, or one a held-out caption")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--top_k", type=int, default=0)
@@ -45,10 +47,13 @@ def main():
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature)
     if args.reference and not args.inception:
         raise ValueError(f"--reference {args.reference}: statistics are of InceptionV3's features; --inception is missing")
+    if args.inception and recipe.prompts:
+        raise ValueError(f"--inception: {args.workdir} makes images of captions, and samples are taken evenly of classes")
     if args.inception:
         results = inception_scores(args, recipe, params, settings, mesh)
         return save("inception.json", args.workdir, results)
-    results, _ = evaluate_images(
+    evaluate = evaluate_images if recipe.prompts is None else evaluate_captions
+    results, _ = evaluate(
         recipe, params, jax.random.key(args.seed), num=args.num, batch_size=args.batch_size, settings=settings, mesh=mesh
     )
     save("evaluation.json", args.workdir, results)

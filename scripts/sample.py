@@ -2,6 +2,7 @@
 
 python scripts/sample.py --workdir runs/mnist --labels 0,1,2 --num 8 --cfg 1.5 --top_p 0.96 --out grid.png
 python scripts/sample.py --workdir runs/mnist --labels 3 --num 4 --image in.png --box 0.25,0.25,0.75,0.75 --out edited.png
+python scripts/sample.py --workdir runs/words --prompt "one red circle" --prompt "no crosses" --num 8 --cfg 2 --out grid.png
 python scripts/sample.py --workdir runs/flex --labels 0,1 --option "patch_nums=(1,2,(3,4),(4,6))" --out wide.png
 python scripts/sample.py --workdir runs/jpeg --labels 0,1 --out grid.png --files samples/
 python scripts/sample.py --workdir runs/avc --labels 0,1 --num 4 --out clips.gif --files samples/    # or a .png, a row a clip
@@ -27,8 +28,8 @@ from jaxgen.recipes.sampling import sample_batch
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--labels", help="class ids, such as 0,1,2 (images and clips)")
-    parser.add_argument("--prompt", action="append", help="the text to continue; may be given several times (text)")
+    parser.add_argument("--labels", help="class ids, such as 0,1,2 (images and clips of classes)")
+    parser.add_argument("--prompt", action="append", help="a caption, or the text to continue; may be repeated")
     parser.add_argument("--length", type=int, default=200, help="bytes of prompt and continuation (text)")
     parser.add_argument("--num", type=int, default=8, help="samples a label or prompt")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,24 +54,25 @@ def main():
     cli.add_device_flags(parser)
     parser.add_argument("--out", required=True, help="a .png for the picture, a .gif for clips that move, a .txt for text")
     parser.add_argument("--files", metavar="DIR", help="also writes each sample as the file that it is (JPEG-LM, AVC-LM)")
-    parser.add_argument("--npz", help="also saves images [n, H, W, C] or clips [n, f, H, W, C], uint8, and labels [n]")
+    parser.add_argument("--npz", help="also saves images [n, H, W, C] or clips [n, f, H, W, C], uint8, with labels or captions")
     args = parser.parse_args()
     if args.num < 1:
         raise ValueError(f"--num {args.num}: must be at least 1")
-    text = args.prompt is not None
-    if text == (args.labels is not None):
-        raise ValueError("either --labels (images) or --prompt (text) has to be given")
-    wanted = (".txt",) if text else (".png", ".gif")
-    for flag, path, suffixes in (("--out", args.out, wanted), ("--npz", args.npz, (".npz",))):
-        if path and not path.endswith(suffixes):
-            raise ValueError(f"{flag} {path}: the name has to end in {' or '.join(suffixes)}")
+    if (args.prompt is None) == (args.labels is None):
+        raise ValueError("either --labels (of classes) or --prompt (captions, text) has to be given")
+    suffixes = (".txt", ".png") if args.prompt else (".png", ".gif")
+    check_suffix("--out", args.out, suffixes)
+    check_suffix("--npz", args.npz, (".npz",))
     if (args.box or args.outpaint) and not args.image:
         raise ValueError("--box and --outpaint edit a picture: --image is missing")
     step = int(args.step) if args.step and args.step.isdigit() else args.step
     mesh = cli.open_devices(args, every_device=False)
     recipe, params = cli.open_workdir(args.workdir, step=step, mesh=mesh)
-    if (recipe.modality == "text") != text:
-        raise ValueError(f"--workdir {args.workdir}: makes {recipe.modality}; give {'--prompt' if not text else '--labels'}")
+    text = recipe.modality == "text"
+    if (text or recipe.prompts is not None) != (args.prompt is not None):
+        of = f"makes {recipe.modality}{' of captions' if recipe.prompts else '' if text else ' of classes'}"
+        raise ValueError(f"--workdir {args.workdir}: {of}; give {'--labels' if args.prompt else '--prompt'}")
+    check_suffix("--out", args.out, (".txt",) if text else (".png", ".gif"))
     video = recipe.modality == "video"
     if not video and args.out.endswith(".gif"):
         raise ValueError(f"--out {args.out}: {args.workdir} makes {recipe.modality}, which does not move; expected a .png")
@@ -83,6 +85,11 @@ def main():
         if not unknown:
             raise
         raise ValueError(f"--option {unknown[0]!r}: the sampler of {args.workdir} has no such option") from error
+
+
+def check_suffix(flag: str, path: str | None, suffixes: tuple[str, ...]):
+    if path and not path.endswith(suffixes):
+        raise ValueError(f"{flag} {path}: the name has to end in {' or '.join(suffixes)}")
 
 
 def options(given: list[str]) -> dict:
@@ -100,8 +107,9 @@ def options(given: list[str]) -> dict:
 
 
 def sample_images(args, recipe, params, mesh):
-    """A row of pictures a label; of clips a row of frames each, or rows that move."""
-    labels = np.repeat(cli.comma_separated(args.labels, "--labels"), args.num)
+    """A row of pictures a label or caption; of clips a row of frames each, or rows that move."""
+    asked = cli.comma_separated(args.labels, "--labels") if recipe.prompts is None else recipe.prompts(args.prompt)
+    labels = np.repeat(asked, args.num, axis=0)
     settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature) | options(args.option)
     batch = min(args.batch_size, len(labels))
     if args.image:
@@ -125,7 +133,8 @@ def sample_images(args, recipe, params, mesh):
         save_picture(path, args, images)
     if args.npz:
         with cli.output_file("--npz", args.npz) as path:
-            np.savez_compressed(path, **{shows: to_uint8(images)}, labels=labels)
+            said = {"labels": labels} if recipe.prompts is None else {"caption": np.repeat(args.prompt, args.num)}
+            np.savez_compressed(path, **{shows: to_uint8(images)}, **said)
     print(f"{args.out}: {len(images)} samples" + (f", {int(out['valid'].sum())} of them valid files" if "valid" in out else ""))
 
 

@@ -10,7 +10,7 @@ from jaxgen.data.shard_rows import NO_LABEL, Row
 
 __all__ = ["ArrayRecordShards", "read_example", "write_example"]
 
-IMAGES, LABELS = ("image", "image/encoded"), ("label", "image/class/label")
+IMAGES, LABELS, CAPTIONS = ("image", "image/encoded"), ("label", "image/class/label"), ("caption", "text")
 TOGETHER = 64  # records that are read at a time while labels are looked for
 
 
@@ -43,13 +43,31 @@ class ArrayRecordShards:
         Raises:
           ValueError: the shard is damaged.
         """
-        (record,) = _guard(path, lambda: _reader(path).read([row.place]))
-        features = _example(path, row.place, record)
+        features = _read(path, row)
         return next(features[name] for name in IMAGES if name in features)[0]
+
+    def caption(self, path: str, row: Row) -> str | None:
+        """The feature `caption` or `text`, if there is one.
+
+        Raises:
+          ValueError: the shard is damaged, or the text is no UTF-8.
+        """
+        features = _read(path, row)
+        values = next((features[name] for name in CAPTIONS if features.get(name)), None)
+        if values is None:
+            return None
+        if not isinstance(values[0], bytes):
+            raise ValueError(f"{path}: record {row.place} has the caption {values[0]}, which is no text")
+        return _guard(path, values[0].decode)
 
     def class_names(self, path: str) -> tuple[str, ...] | None:
         """None: records do not name classes."""
         return None
+
+
+def _read(path: str, row: Row) -> dict[str, list]:
+    (record,) = _guard(path, lambda: _reader(path).read([row.place]))
+    return _example(path, row.place, record)
 
 
 def _guard(path: str, call):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import logging
 import os
 import time
@@ -19,9 +20,29 @@ __all__ = ["FileSource", "folder", "leave_out_unreadable", "stamp"]
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TRAIN, HELD_OUT = "train", ("val", "test")  # "val" first: ImageNet's "test" has no labels
+METADATA = "metadata.jsonl"
 CHUNK = 256
 
 log = logging.getLogger(__name__)
+
+
+@functools.lru_cache(maxsize=4)
+def _metadata(path: str, stamp: tuple[int, int]) -> dict[str, str]:
+    """Texts by file, of the Hugging Face hub's list beside a folder of images: lines {"file_name": ..., "text": ...}.
+
+    Raises:
+      ValueError: a line that is something else.
+    """
+    found = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            found[os.path.normpath(row["file_name"])] = str(row["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is no object with file_name and text") from error
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +79,14 @@ class FileSource:
         except OSError as error:
             raise ValueError(f"cannot read image {self.name(index)}: {error.strerror}") from error
 
+    def caption(self, index: int) -> str | None:
+        """The text of the image in `metadata.jsonl`, or else in the `.txt` file beside it; None if there is neither."""
+        path = os.path.join(self.root, METADATA)
+        if os.path.exists(path) and self.files[index] in (listed := _metadata(path, stamp(path))):
+            return listed[self.files[index]]
+        beside = Path(self.name(index)).with_suffix(".txt")
+        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+
     def subset(self, indices: Int[np.ndarray, "m"]) -> FileSource:
         """The source of these files only."""
         files = tuple(self.files[i] for i in indices)
@@ -72,7 +101,8 @@ def folder(root: str, split: str) -> FileSource:
     - images in `root` itself: one class.
 
     Where there is neither `val` nor `test`, a tenth of each class is held out (see `held_out`). Files and folders whose
-    name starts with a dot are passed over.
+    name starts with a dot are passed over. Captions are in `metadata.jsonl` (lines {"file_name": "0001.png", "text": "a cat"}) of
+    `root`, `root/train` and so on, or beside an image, in a file of its name that ends in `.txt`.
 
     Args:
       root: the folder.

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float
 
+from jaxgen.data.captions import Captioned
 from jaxgen.data.folder import folder, leave_out_unreadable, stamp
 from jaxgen.data.shard_set import ShardSource, find_shards, shard_source
 from jaxgen.data.shards import READ, check_shards, one_pass, share
@@ -44,6 +45,10 @@ class DataConfig:
       skip_bad: leave out damaged shards, and images that cannot be decoded; otherwise the first one met is an error.
       seed: of order, crops and flips.
       workers: processes that make batches; 0 makes them in this process. The batches are the same.
+      captions: bytes of a caption; 0 does without. Batches then have "caption", too: what an npz file's `caption` or `name` says,
+        a text or `metadata.jsonl` beside images in folders, a text in shards, or the world (see `captions.Captioned`).
+        Mirrored images keep theirs.
+      cut_captions: longer ones lose their end; otherwise they are an error.
       tokens: a token cache of these images (see `token_cache.write_tokens`), in its folders `train` and `test`: generators are
         trained from it. Empty encodes the images in every step.
 
@@ -59,6 +64,8 @@ class DataConfig:
     skip_bad: bool = False
     seed: int = 0
     workers: int = 0
+    captions: int = 0
+    cut_captions: bool = False
     tokens: str = ""
 
     def __post_init__(self):
@@ -68,10 +75,10 @@ class DataConfig:
 
         check("path", isinstance(self.path, str) and bool(self.path), "a path, 'digits' or 'world'")
         check("tokens", isinstance(self.tokens, str), "a path")
-        for field in ("image_size", "seed", "workers"):
+        for field in ("image_size", "seed", "workers", "captions"):
             check(field, _is_int(getattr(self, field)) and getattr(self, field) >= 0, "an integer >= 0")
         check("channels", _is_int(self.channels) and self.channels in (1, 3), "1 or 3")
-        for field in ("flip", "skip_bad"):
+        for field in ("flip", "skip_bad", "cut_captions"):
             check(field, isinstance(getattr(self, field), bool), "true or false")
         scale = self.mid_scale
         check("mid_scale", isinstance(scale, int | float) and math.isfinite(scale) and scale >= 1, "a number >= 1")
@@ -165,7 +172,8 @@ def batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.IterDataset:
-    """One host's share of the batches {"image": uint8 [b, H, W, C], "label": int32 [b]}.
+    """One host's share of the batches {"image": uint8 [b, H, W, C], "label": int32 [b]}, with `config.captions` also "caption",
+    uint8 [b, captions].
 
     Training goes on for ever: one random order after another, cut into global batches, of which each host gets its rows
     (see `shards.share`). So the global batches, crops and flips included, are the same for any number of hosts.
@@ -188,7 +196,8 @@ def batches(
 
     Raises:
       ValueError: a batch size that `shard_count` does not divide, a shard index out of range, no examples; while
-        iterating, an image that cannot be decoded, or, without `config.image_size`, one of another size than the first.
+        iterating, an image that cannot be decoded, or, without `config.image_size`, one of another size than the first; with
+        `config.captions` a source without them, and see `captions.caption_bytes`.
 
     Example:
       >>> config = DataConfig(path="digits", channels=1)
@@ -198,6 +207,7 @@ def batches(
     """
     fields = ("channels", "image_size", "mid_scale", "flip")
     preprocess = Preprocess(train=train, **{field: getattr(config, field) for field in fields})
+    source = Captioned(source, config.captions, config.cut_captions) if config.captions else source
     source = source if config.image_size or not len(source) else _OneSize(source)
     part = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
     return stream(source, preprocess, random=preprocess.random, seed=config.seed, workers=config.workers, **part)

@@ -11,12 +11,12 @@ from jaxgen.data.shard_rows import NO_LABEL, Row
 
 __all__ = ["ParquetShards"]
 
-IMAGES, LABELS = ("image", "img"), ("label", "labels", "fine_label")
+IMAGES, LABELS, CAPTIONS = ("image", "img"), ("label", "labels", "fine_label"), ("caption", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class ParquetShards:
-    """Reads images and labels through pyarrow (`pip install 'jaxgen[parquet]'`).
+    """Reads images, labels and captions (a column `caption` or `text`) through pyarrow (`pip install 'jaxgen[parquet]'`).
 
     `image` is a column of encoded images, or of pairs `{"bytes", "path"}`. An example's place is its row group, its size the
     row in there. Parquet is read a row group at a time, of which the last few are kept: where these are large, shuffled
@@ -48,11 +48,17 @@ class ParquetShards:
         Raises:
           ValueError: the shard is damaged, or names the image's file without holding its bytes.
         """
-        value = _guard(path, lambda: _images(path, row.place)[row.size].as_py())
+        value = _guard(path, lambda: _values(path, row.place, IMAGES)[row.size].as_py())
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise ValueError(f"{path}: row {row.size} of row group {row.place} has no image bytes")
         return data
+
+    def caption(self, path: str, row: Row) -> str | None:
+        """What the column `caption` or `text` says, if there is one; raises as `read`."""
+        column = _guard(path, lambda: _values(path, row.place, CAPTIONS))
+        value = None if column is None else column[row.size].as_py()
+        return None if value is None else str(value)
 
     def class_names(self, path: str) -> tuple[str, ...] | None:
         """From the hub's description of the columns, if it is there."""
@@ -95,9 +101,9 @@ def _column(path: str, file, names: tuple[str, ...], optional: bool = False) -> 
     return found[0] if found else None
 
 
-@functools.lru_cache(maxsize=4)
-def _images(path: str, group: int):
-    """The images of a row group, in pyarrow's memory."""
+@functools.lru_cache(maxsize=8)
+def _values(path: str, group: int, names: tuple[str, ...]):
+    """The column of one of these names in a row group, in pyarrow's memory; None if there is none."""
     file = _open(path)
-    name = _column(path, file, IMAGES)
-    return file.read_row_group(group, columns=[name])[name]
+    name = _column(path, file, names, optional=names != IMAGES)
+    return None if name is None else file.read_row_group(group, columns=[name])[name]

@@ -10,8 +10,8 @@ import numpy as np
 __all__ = ["NO_LABEL", "ROW", "Row", "ShardFormat"]
 
 NO_LABEL = -1
-# As rows are written to an index: 24 bytes an example.
-ROW = np.dtype([("place", "<i8"), ("size", "<i8"), ("label", "<i4"), ("shard", "<i4")])
+# As rows are written to an index: 36 bytes an example.
+ROW = np.dtype([("place", "<i8"), ("size", "<i8"), ("label", "<i4"), ("text", "<i8"), ("text_size", "<i4"), ("shard", "<i4")])
 
 
 class Row(NamedTuple):
@@ -21,11 +21,15 @@ class Row(NamedTuple):
       place: where it begins.
       size: how long it is, or where it is within its place.
       label: its class, or NO_LABEL.
+      text: where its caption begins, in formats that keep it apart.
+      text_size: how long the caption is; negative where it is in a JSON object; 0 is none.
     """
 
     place: int
     size: int
     label: int
+    text: int = 0
+    text_size: int = 0
 
 
 class ShardFormat(Protocol):
@@ -43,6 +47,10 @@ class ShardFormat(Protocol):
 
     def read(self, path: str, row: Row) -> bytes:
         """The encoded image of an example; ValueError naming `path` if it cannot be read."""
+        ...
+
+    def caption(self, path: str, row: Row) -> str | None:
+        """What is said of an example, if anything is; ValueError naming `path` if it cannot be read."""
         ...
 
     def class_names(self, path: str) -> tuple[str, ...] | None:

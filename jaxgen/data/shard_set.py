@@ -1,6 +1,6 @@
 """Images in many shard files, found and indexed once, then read at random without holding them.
 
-The index is a file of 24 bytes an example that is mapped, not read, so that memory does not grow with the data. It is kept in
+The index is a file of 36 bytes an example that is mapped, not read, so that memory does not grow with the data. It is kept in
 the user's cache folder under a name that changes when a shard does.
 """
 
@@ -113,8 +113,15 @@ class ShardSource:
 
     def read(self, index: int) -> bytes:
         """The encoded image."""
-        row = self._row(index)
-        return self.format.read(self.paths[row["shard"]], Row(int(row["place"]), int(row["size"]), int(row["label"])))
+        return self.format.read(*self._place(index))
+
+    def caption(self, index: int) -> str | None:
+        """What is said of an image."""
+        return self.format.caption(*self._place(index))
+
+    def _place(self, index: int) -> tuple[str, Row]:
+        *row, shard = self._row(index).tolist()
+        return self.paths[shard], Row(*row)
 
     def subset(self, indices: Iterable[int]) -> ShardSource:
         """The source of these examples only."""
@@ -203,7 +210,7 @@ def _indexed(form: ShardFormat, paths: tuple[str, ...], skip_bad: bool, cache: P
     """All examples of some shards, from the index in `cache`, which is made if it is not there."""
     stats = [os.stat(path) for path in paths]
     state = [[os.path.abspath(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, stats)]
-    name = hashlib.sha256(json.dumps([skip_bad, state]).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([skip_bad, state, str(ROW)]).encode()).hexdigest()[:32]
     index, note = cache / f"{name}.rows", cache / f"{name}.json"
     if not (index.exists() and note.exists()):
         _build(form, paths, skip_bad, index, note, log_every_s)

@@ -10,8 +10,8 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
-from typing import Protocol, TypedDict
+from collections.abc import Callable, Sequence
+from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -33,10 +33,11 @@ SPLITS = ("train", "test")
 
 
 class Example(TypedDict):
-    """One labelled image."""
+    """One labelled image, and what is said of it where captions are asked for (`jaxgen.data.captions`)."""
 
     image: UInt8[np.ndarray, "H W C"]
     label: int
+    caption: NotRequired[UInt8[np.ndarray, "n"]]
 
 
 class Source(Protocol):
@@ -82,6 +83,7 @@ class ArraySource:
       labels: in [0, num_classes).
       num_classes: as in `Source`.
       class_names: as in `Source`.
+      captions: strings, or None.
       where: names the array in error messages.
 
     Raises:
@@ -92,6 +94,7 @@ class ArraySource:
     labels: Int[np.ndarray, "n"]
     num_classes: int
     class_names: tuple[str, ...] | None = None
+    captions: np.ndarray | None = None
     where: str = "images"
 
     def __post_init__(self):
@@ -109,9 +112,14 @@ class ArraySource:
     def name(self, index: int) -> str:
         return f"{self.where}[{index}]"
 
+    def caption(self, index: int) -> str | None:
+        """What is said of an image."""
+        return None if self.captions is None else str(self.captions[index])
+
     def subset(self, indices: Int[np.ndarray, "m"]) -> ArraySource:
         """The source of these examples only."""
-        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+        captions = None if self.captions is None else self.captions[indices]
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], captions=captions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -272,7 +280,8 @@ def npz(path: str, split: str) -> ArraySource | EncodedSource:
     """The images of an npz file, in one of three layouts:
 
     - `x_train`, `y_train` and perhaps `x_test`, `y_test`: pixels and labels;
-    - `image` or `images` and perhaps `label` or `labels`; without labels there is one class;
+    - `image` or `images` and perhaps `label` or `labels`, or else integers `group` (with `group_names`); without labels there is
+      one class. Strings `caption`, `captions` or `name` [n], the first that is there, are captions;
     - `jpeg_train`, `offset_train`, `y_train` and perhaps the same for `test`: the bytes of all images joined, image i
       at [offset[i], offset[i + 1]).
 
@@ -337,11 +346,21 @@ class _Arrays:
 
         return self._checked(key, "integers (n,)", ok).reshape(-1).astype(np.int64)
 
-    def class_names(self) -> tuple[str, ...] | None:
-        if "class_names" not in self:
+    def class_names(self, key: str = "class_names") -> tuple[str, ...] | None:
+        if key not in self:
             return None
-        names = self._checked("class_names", "strings (num_classes,)", lambda x: x.dtype.kind in "US" and x.ndim == 1)
+        names = self._checked(key, "strings (num_classes,)", lambda x: x.dtype.kind in "US" and x.ndim == 1)
         return tuple(names.astype(str).tolist())
+
+    def beside(self, keys: Sequence[str], kinds: str, n: int) -> str | None:
+        """The first of some arrays that has n entries of these kinds; what others of these names hold is not asked for."""
+        for key in keys:
+            try:
+                if key in self and (x := self[key]).dtype.kind in kinds and x.shape == (n,):
+                    return key
+            except ValueError:  # an array of objects
+                continue
+        return None
 
 
 def _npz(arrays: _Arrays, split: str) -> ArraySource | EncodedSource:
@@ -379,11 +398,17 @@ def _single(arrays: _Arrays) -> ArraySource:
         raise ValueError(f"{arrays.path}: has arrays {keys}; expected x_train, image, images or jpeg_train")
     images = arrays.images(key)
     label = next((key for key in ("label", "labels") if key in arrays), None)
-    labels = arrays.integers(label) if label else np.zeros(len(images), np.int64)
-    names = arrays.class_names() if label else None
-    num_classes = len(names) if names else _count(labels)
+    group = None if label else arrays.beside(("group",), "iu", len(images))
+    labels = arrays.integers(label or group) if label or group else np.zeros(len(images), np.int64)
+    names = arrays.class_names("group_names" if group else "class_names") if label or group else None
+    caption = arrays.beside(("caption", "captions", "name"), "US", len(images))
     return ArraySource(
-        images=images, labels=labels, num_classes=num_classes, class_names=names, where=f"{arrays.path}: {key}"
+        images=images,
+        labels=labels,
+        num_classes=len(names) if names else _count(labels),
+        class_names=names,
+        captions=arrays[caption].astype(str) if caption else None,
+        where=f"{arrays.path}: {key}",
     )
 
 

@@ -18,11 +18,13 @@ from jaxgen.data.sources import Source
 __all__ = ["TarShards", "write_tar"]
 
 LABELS = (".cls", ".json")
+CAPTIONS = ("caption", "text")  # of a JSON object
 
 
 @dataclasses.dataclass(frozen=True)
 class TarShards:
-    """Reads `<key>.<image>` with its class in `<key>.cls` (a number) or `<key>.json` (its "label"); other files are passed over.
+    """Reads `<key>.<image>` with its class in `<key>.cls` (a number) or `<key>.json` (its "label"), and its caption in
+    `<key>.txt` or in the same JSON (its "caption" or "text"); other files are passed over.
 
     An example's place is where its image's bytes begin, so that reading one is a seek and a read.
     """
@@ -51,6 +53,10 @@ class TarShards:
                 row = row._replace(place=place, size=size)
             elif extension in LABELS:
                 row = row._replace(label=_label(path, name, read()))
+                if extension == ".json" and not row.text_size:
+                    row = row._replace(text=place, text_size=-size)
+            elif extension == ".txt":
+                row = row._replace(text=place, text_size=size)
         if row is not None and row.size >= 0:
             yield row
 
@@ -60,15 +66,22 @@ class TarShards:
         Raises:
           ValueError: the shard cannot be read any more, or has become shorter.
         """
+        return _bytes(path, row.place, row.size)
+
+    def caption(self, path: str, row: Row) -> str | None:
+        """The text of an example, without the spaces around it.
+
+        Raises:
+          ValueError: as `read`, or a text that is no UTF-8.
+        """
+        data = _bytes(path, row.text, abs(row.text_size))
         try:
-            with open(path, "rb") as file:
-                file.seek(row.place)
-                data = file.read(row.size)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-        if len(data) < row.size:
-            raise ValueError(f"{path}: ends inside an image")
-        return data
+            if row.text_size >= 0:
+                return data.decode().strip() or None
+            found = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: the text at byte {row.text} cannot be read ({error})") from error
+        return next((str(found[name]) for name in CAPTIONS if name in found), None)
 
     def class_names(self, path: str) -> tuple[str, ...] | None:
         """None: tar shards do not name classes."""
@@ -78,7 +91,7 @@ class TarShards:
 def write_tar(source: Source, folder: str | os.PathLike, *, per_shard: int = 10_000, prefix: str = "train") -> list[str]:
     """Writes a source as tar shards, `<prefix>-000000.tar` and so on, which are read at random faster than parquet.
 
-    Compressed images are copied as they are, others become PNG. A shard is whole once it has its name.
+    Captions come along. Compressed images are copied as they are, others become PNG. A shard is whole once it has its name.
 
     Args:
       source: images; their names, where they have any, are not kept.
@@ -101,14 +114,28 @@ def write_tar(source: Source, folder: str | os.PathLike, *, per_shard: int = 10_
         with tarfile.open(f"{path}.tmp", "w", format=tarfile.USTAR_FORMAT) as archive:
             for index in range(start, min(start + per_shard, len(source))):
                 data = source.read(index) if hasattr(source, "read") else _png(source[index]["image"])
-                label = source[index]["label"]
-                for extension, content in ((_extension(data), data), (".cls", str(label).encode())):
+                members = {_extension(data): data, ".cls": str(source[index]["label"]).encode()}
+                text = source.caption(index) if hasattr(source, "caption") else None
+                members |= {} if text is None else {".txt": text.encode()}
+                for extension, content in members.items():
                     member = tarfile.TarInfo(f"{index:09d}{extension}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
         os.replace(f"{path}.tmp", path)
         paths.append(path)
     return paths
+
+
+def _bytes(path: str, place: int, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(place)
+            data = file.read(size)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) < size:
+        raise ValueError(f"{path}: ends inside an example")
+    return data
 
 
 def _png(image: np.ndarray) -> bytes:

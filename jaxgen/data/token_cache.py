@@ -1,8 +1,9 @@
 """A data set's tokens, encoded once with a frozen tokenizer: generators are then trained without it.
 
 A cache is a folder of `index.json`, which says how it was made, and of shards of `per_shard` examples: `tokens-00000.npy`
-[n, views, ...], `views-00000.npy` [n, views, 3] (top, left, flip: what of each image was seen) and `labels-00000.npy` [n]. Shards
-are mapped, not read, and every one is written by one host and has its name only when it is whole.
+[n, views, ...], `views-00000.npy` [n, views, 3] (top, left, flip: what of each image was seen), `labels-00000.npy` [n] and, where
+captions are asked for, `captions-00000.npy` [n, bytes]. Shards are mapped, not read, and every one is written by one host and has
+its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import grain
 import jax
 import numpy as np
 
+from jaxgen.data.captions import Captioned
 from jaxgen.data.loader import DataConfig, stream
 from jaxgen.data.sources import Source
 from jaxgen.data.transforms import Preprocess
@@ -68,7 +70,7 @@ def write_tokens(
     Args:
       folder: of the cache; the same for all hosts.
       source: the images.
-      config: how they are prepared: `image_size`, `channels`, and in training `mid_scale` and `flip`.
+      config: how they are prepared: `image_size`, `channels`, and in training `mid_scale` and `flip`; `captions` of them.
       encode: uint8 [batch_size, H, W, C] to tokens [batch_size, ...], integers or floats.
       tokenizer: `digest` of what `encode` encodes with.
       train: crop and flip at random, as training does, or see the middle once.
@@ -92,7 +94,9 @@ def write_tokens(
         raise ValueError(f"process_index={process_index}: must be in [0, process_count={process_count})")
     if views > 1 and not preprocess.random:
         raise ValueError(f"views={views}: without random crops or flips all of them are the same")
-    about = {
+    captions = dict(captions=config.captions) if config.captions else {}
+    source = Captioned(source, config.captions, config.cut_captions) if captions else source
+    about = captions | {
         "version": VERSION,
         "tokenizer": tokenizer,
         "vocab": vocab,
@@ -163,17 +167,19 @@ class _Writer:
         views, per_shard = self.about["views"], self.about["per_shard"]
         examples = range(number * per_shard, min((number + 1) * per_shard, len(self.source)))
         places = [(i, v) for i in examples for v in range(views)]
-        tokens, seen, labels = [], [], []
+        tokens, seen, beside = [], [], {"labels": []} | ({"captions": []} if "captions" in self.about else {})
         for start in range(0, len(places), self.batch_size):
             batch = [self._look(i, v) for i, v in places[start : start + self.batch_size]]
             images = np.stack([example["image"] for example, _ in batch])
             filled = np.concatenate([images, np.repeat(images[-1:], self.batch_size - len(images), axis=0)])
             tokens.append(self._checked(np.asarray(self.encode(filled))[: len(batch)]))
             seen += [view for _, view in batch]
-            labels += [example["label"] for example, _ in batch]
+            for name, values in beside.items():
+                values += [example[name.removesuffix("s")] for example, _ in batch]
         n = len(examples)
         joined = np.concatenate(tokens)
-        _save(_name(folder, "labels", number), np.array(labels, np.int32)[::views])
+        for name, values in beside.items():
+            _save(_name(folder, name, number), np.array(values, np.int32 if name == "labels" else np.uint8)[::views])
         _save(_name(folder, "views", number), np.array(seen, np.int32).reshape(n, views, 3))
         _save(_name(folder, "tokens", number), joined.reshape(n, views, *joined.shape[1:]))
 
@@ -205,7 +211,8 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSource:
-    """Random access to a cache: `source[i]` has "tokens" [views, ...], "view" [views, 3] (top, left, flip) and "label".
+    """Random access to a cache: `source[i]` has "tokens" [views, ...], "view" [views, 3] (top, left, flip), "label" and, where
+    there are captions, "caption" [bytes].
 
     Args:
       folder: of a cache of which all shards are there.
@@ -235,7 +242,7 @@ class TokenSource:
     def _layout(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Type and shape of an example's arrays, which are the same in all shards."""
         found = {}
-        for kind in ("tokens", "views", "labels"):
+        for kind in self._kinds:
             path = _name(self._folder, kind, 0)
             try:
                 array = np.load(path, mmap_mode="r")
@@ -243,6 +250,15 @@ class TokenSource:
                 raise ValueError(f"{path}: damaged ({error}); remove it and go on encoding") from error
             found[kind] = array.dtype, array.shape[1:]
         return found
+
+    @property
+    def captions(self) -> int:
+        """Bytes of a caption; 0 where there are none."""
+        return self._about.get("captions", 0)
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return ("tokens", "views", "labels", *(("captions",) if self.captions else ()))
 
     @functools.cached_property
     def _folder(self) -> Path:
@@ -271,8 +287,9 @@ class TokenSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, row = divmod(index, self._about["per_shard"])
-        parts = {kind: self._array(kind, shard)[row] for kind in ("tokens", "views", "labels")}
-        return {"tokens": parts["tokens"], "view": parts["views"], "label": int(parts["labels"])}
+        parts = {kind: self._array(kind, shard)[row] for kind in self._kinds}
+        example = {"tokens": parts["tokens"], "view": parts["views"], "label": int(parts["labels"])}
+        return example | ({"caption": np.asarray(parts["captions"])} if self.captions else {})
 
     def name(self, index: int) -> str:
         return f"{self.folder}[{index}]"
@@ -318,4 +335,4 @@ def _one_view(example: dict[str, Any], rng: np.random.Generator | None = None) -
     view = 0 if rng is None else int(rng.integers(len(example["tokens"])))
     tokens = np.asarray(example["tokens"][view])
     tokens = tokens.astype(np.int32) if tokens.dtype.kind in "iu" else tokens
-    return {"tokens": tokens, "view": np.asarray(example["view"][view]), "label": example["label"]}
+    return {**example, "tokens": tokens, "view": np.asarray(example["view"][view])}

@@ -121,7 +121,7 @@ class Preprocess:
         if self.train and self.flip and rng.random() < 0.5:
             view, image = view._replace(flip=True), image[:, ::-1]
         # Grey becomes colour last: the three copies would be resized alike.
-        return {"image": to_channels(image, self.channels), "label": example["label"]}, view
+        return {**example, "image": to_channels(image, self.channels)}, view
 
 
 def pixels(image: UInt8[Array, "*b H W C"]) -> Float[Array, "*b H W C"]:

@@ -37,7 +37,7 @@ class WorldExample(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A `jaxgen.data.Source` of pictures and the classes of their nearest object; `example` gives the rest.
+    """A `jaxgen.data.Source` of pictures, the classes of their nearest object, and captions; `example` gives the rest.
 
     Picture i of a split is the same in every run and process, at any size in pixels of the same proportions. Any i >= 0 has a
     picture; an epoch has `len(world)`.
@@ -86,6 +86,11 @@ class World:
         scene = draw_scene(self.config, self._rng(index))
         image = render(scene, self.config.height, self.config.width)["image"]
         return {"image": image, "label": scene.objects[0].label}
+
+    def caption(self, index: int) -> str:
+        """What `example` says of a picture, without drawing it."""
+        rng = self._rng(index)
+        return str(say(draw_scene(self.config, rng), rng))
 
     def example(self, index: int) -> WorldExample:
         """Picture `index` with everything that is known of it."""

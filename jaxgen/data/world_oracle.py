@@ -7,23 +7,25 @@ be judged, too.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxgen.data.world_captions import Caption, parse
+from jaxgen.data.world_captions import Backdrop, Caption, Count, Place, Relation, Thing, parse
 from jaxgen.data.world_render import coverage
 from jaxgen.data.world_scene import BACKGROUNDS, CLASSES, COLOURS, SHAPES, SIZES, Object, Scene
 from jaxgen.resample import area_matrix
 
-__all__ = ["Blob", "caption_score", "check", "class_score", "find_blobs", "perceive"]
+__all__ = ["Blob", "attribute_scores", "caption_score", "check", "class_score", "find_blobs", "perceive"]
 
 MOST_PIXELS = 64  # of the shorter side; larger pictures are averaged down
 SMOOTH_FROM = 24  # pixels of the shorter side from which pixels are averaged with their neighbours before they are cut
 CONTRAST = 70.0  # Euclidean distance from the background's colour, in units of 1/255, from which a pixel belongs to a blob
 SMALLEST = 0.35  # share of the smallest object's area from which a blob counts
 FAINT = 0.7  # share of a colour's contrast to the background below which a blob is taken to be of a paler colour
+KINDS = {Count: "count", Place: "place", Relation: "relation", Backdrop: "background"}
 NAMED = 0.6  # overlap (intersection over union) with a shape from which a blob is called one
 
 
@@ -86,6 +88,32 @@ def check(caption: str | Caption, image: np.ndarray) -> bool:
 def caption_score(caption: str | Caption, image: np.ndarray) -> float:
     """The share of a caption's statements that are true of a picture; raises as `check`."""
     return _read(caption).share(perceive(image))
+
+
+def attribute_scores(caption: str | Caption, scene: Scene) -> dict[str, float]:
+    """Of each kind of thing that a caption says, the share that is true of a scene, such as `perceive`'s.
+
+    "count", "place", "relation" and "background" are whole statements; "shape", "colour" and "size" are single words about things
+    that are said to be there, true if there is anything of that shape, colour or size.
+
+    Raises:
+      ValueError: a caption outside the grammar.
+
+    Example:
+      >>> scene = Scene("black", (Object("circle", "red", 0.5, 0.5, 0.1),))
+      >>> attribute_scores("one red cross; a black background", scene)
+      {'count': 0.0, 'shape': 0.0, 'colour': 1.0, 'background': 1.0}
+    """
+    found: dict[str, list[bool]] = {}
+    for statement in _read(caption).statements:
+        things = [getattr(statement, name) for name in ("thing", "other") if hasattr(statement, name)]
+        found.setdefault(KINDS[type(statement)], []).append(statement.holds(scene))
+        for thing in [] if getattr(statement, "number", 1) == 0 else things:
+            for field in dataclasses.fields(thing):
+                if (word := getattr(thing, field.name)) is not None:
+                    one = Thing(**{field.name: word})
+                    found.setdefault(field.name, []).append(any(map(one.fits, scene.objects)))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def class_score(images: np.ndarray, labels: Int[np.ndarray, "b"]) -> Float[np.ndarray, "b"]:

@@ -28,7 +28,7 @@ from jaxgen.generators.neighbour_llama import NeighbourLlama
 from jaxgen.generators.next_scale import NextScaleTransformer
 from jaxgen.generators.next_scale_sampler import NextScaleSampler, box_mask, check_labels, keep_tokens
 from jaxgen.generators.next_token import NextTokenTransformer
-from jaxgen.generators.next_token_sampler import NextTokenSampler
+from jaxgen.generators.next_token_sampler import NextTokenSampler, check_condition
 from jaxgen.generators.next_x import NextXTransformer
 from jaxgen.generators.next_x_sampler import NextXSampler
 from jaxgen.generators.pivoted_latent import PivotedLatentTransformer
@@ -123,6 +123,7 @@ __all__ = [
     "SubVocabularySampler",
     "SupernetTransformer",
     "box_mask",
+    "check_condition",
     "check_labels",
     "equidistant",
     "keep_tokens",

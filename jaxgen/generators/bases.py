@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
@@ -25,9 +25,9 @@ class TokenModel(nn.Module):
     A subclass has `vocab`, `num_classes`, `length`, `order`, `init_cache(batch)` and `step`.
     """
 
-    def unconditional(self, batch: int) -> Int[Array, "b"]:
-        """The labels that say nothing."""
-        return jnp.full((batch,), self.num_classes, jnp.int32)
+    def drop(self, cond, rows: Bool[Array, "b"]):
+        """The conditions with those of some rows replaced by one that says nothing (Ho & Salimans 2021); labels here."""
+        return jnp.where(rows, self.num_classes, cond)
 
     def begin(self, cache: Any, cond) -> Any:
         """The cache with what stands before the first call of `step`: nothing here."""

@@ -72,7 +72,7 @@ class CoarseToFineSampler:
     @functools.partial(jax.jit, static_argnums=0)
     def _refine(self, params, key, labels, coarse, settings):
         b, model = len(labels), self.generator
-        null = model.unconditional(b).astype(labels.dtype)
+        null = model.drop(labels, jnp.ones(b, bool))
         twice = jnp.concatenate([labels, null]), jnp.concatenate([coarse, coarse])
         logits, inside = model.apply(params["generator"], *twice, method="refine")
         conditional, unconditional = jnp.split(logits, 2)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxgen.decoding import Drawn, Settings, begin_tokens, check_settings, draw_tokens, sample_tokens
 from jaxgen.generators.image_llama import ImageLlama
-from jaxgen.generators.next_token_sampler import NextTokenSampler
+from jaxgen.generators.next_token_sampler import NextTokenSampler, check_condition
 from jaxgen.generators.sequence_sampler import stepper
 from jaxgen.orders import raster
 from jaxgen.tokenizers.diffusion import DiffusionTokenizer, Flow
@@ -51,7 +51,7 @@ class DiffusionSampler(NextTokenSampler):
 
         Arguments and errors are those of `NextTokenSampler.__call__`; `groups` of them come.
         """
-        cond = self._checked(cond)
+        cond = check_condition(cond, self.generator)
         check_settings(**settings._asdict(), vocab=self.generator.vocab)
         settings, size = Settings(*map(jnp.float32, settings)), self.tokenizer.group
         drawn, flow, cond = self._start(params, cond)
@@ -76,9 +76,8 @@ class DiffusionSampler(NextTokenSampler):
 
     def _prepare(self, params, cond):
         """(b, an empty cache, the condition and that without one)."""
-        b = cond.shape[0]
-        null = self.generator.apply(params["generator"], b, method="unconditional")
-        return b, self.generator.init_cache(2 * b), jnp.concatenate([cond, null.astype(cond.dtype)])
+        b = jax.tree.leaves(cond)[0].shape[0]
+        return b, self.generator.init_cache(2 * b), self.conditions(params, None, cond)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _sample(self, params, key, cond, settings):

@@ -8,12 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen import masks
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.generators.bases import LlamaModel, TokenModel
+from jaxgen.nn.cross_attention import Context
 from jaxgen.orders import Order, raster
 
 __all__ = ["ImageLlama"]
@@ -22,9 +23,11 @@ __all__ = ["ImageLlama"]
 class ImageLlama(TokenModel, LlamaModel):
     """Condition and the tokens so far -> logits of the next token.
 
-    The condition stands in front of the image: a class is one vector, a caption p of them. Positions turn with row and column
-    (`rotate`); those of the condition turn to nothing, as in the published models: there its queries and keys are 0, so that it
-    is read, by its values, with the weight of an average key. On one axis all turn, and the condition comes before the tokens.
+    The condition stands in front of the image: a class is one vector, a caption up to p of them, a `Context` of features
+    [b, p, c] and of a mask [b, p] that is False on the padding and True somewhere in each row. Nothing sees the padding, on
+    whichever side it is given: the last word stands next to the image. Positions turn with row and column (`rotate`); those of
+    the condition turn to nothing, as in the published models: there its queries and keys are 0, so that it is read, by its
+    values, with the weight of an average key. On one axis all turn, and the condition comes before the tokens.
 
     Attributes:
       grid: tokens along a side of a square, or along each of one to three axes.
@@ -116,7 +119,7 @@ class ImageLlama(TokenModel, LlamaModel):
         """Teacher-forced float32 logits: token i is predicted from the condition and tokens < i.
 
         Args:
-          cond: labels [b], or features of captions [b, p, c].
+          cond: labels [b], or captions, see above.
           tokens: in raster order.
           train: drops; needs the rng stream "dropout".
         """
@@ -124,20 +127,29 @@ class ImageLlama(TokenModel, LlamaModel):
         x, _ = self._hidden(x, coords, None, mask, train)
         return self.logits(x[:, self.told - 1 :])
 
-    def unconditional(self, batch: int):
-        """The condition that says nothing: labels [b], or features [b, p, c]."""
+    def drop(self, cond, rows: Bool[Array, "b"]):
+        """See `TokenModel`; captions keep their length, as in the published models."""
         if self.num_classes:
-            return super().unconditional(batch)
-        return jnp.broadcast_to(self.no_caption, (batch, *self.no_caption.shape))
+            return super().drop(cond, rows)
+        words = _padding_first(cond)
+        return Context(jnp.where(rows[:, None, None], self.no_caption, words.features), words.mask)
 
     def begin(self, cache: KVCache, cond) -> KVCache:
-        """The cache with all of the condition but its last vector, which `step` reads at position 0."""
+        """The cache with all of the condition but its last vector, which `step` reads at position 0.
+
+        Rows whose captions are shorter have less in it: padding is nowhere.
+        """
         n = self.told - 1
         if not n:
             return cache
-        mask = jnp.tril(jnp.ones((n, n), bool))
-        _, cache = self._hidden(self._condition(cond)[:, :n], self._coords[None, :n], cache, mask)
-        return cache.commit(n)
+        x, coords, count = self._condition(cond)[:, :n], self._coords[None, :n], n
+        if not self.num_classes:
+            seen = self._seen(cond)[:, :n]
+            first = jnp.argsort(~seen, axis=1, stable=True)
+            x, coords = jnp.take_along_axis(x, first[..., None], axis=1), jnp.asarray(self._coords)[first]
+            count = seen.sum(axis=1)
+        _, cache = self._hidden(x, coords, cache, jnp.tril(jnp.ones((n, n), bool)))
+        return cache.commit(count)
 
     def step(self, cache: KVCache, view: View, cond) -> tuple[Out, KVCache]:
         """The seam of `jaxgen.decoding`: `view.tokens` [b, q] are the tokens *before* `view.pos`, not read at position 0."""
@@ -153,28 +165,49 @@ class ImageLlama(TokenModel, LlamaModel):
 
     def param_shapes(self):
         """Shapes of the parameters, without making any."""
-        cond = jnp.zeros((1,), jnp.int32) if self.num_classes else jnp.zeros((1, self.prefix, self.caption_width))
-        tokens = jnp.zeros((1, self.length), jnp.int32)
+        cond, tokens = jnp.zeros((1,), jnp.int32), jnp.zeros((1, self.length), jnp.int32)
+        if not self.num_classes:
+            cond = Context(jnp.zeros((1, self.prefix, self.caption_width)), jnp.ones((1, self.prefix), bool))
         return jax.eval_shape(lambda key: self.init(key, cond, tokens), jax.random.key(0))
 
     def _inputs(self, cond, tokens: Int[Array, "b l"], train: bool):
         """(Vectors, places, mask) of the condition and the tokens that predict another."""
         x = jnp.concatenate([self._condition(cond), self._read(tokens[:, : -self.together])], axis=1)
         x = self.drop_tokens(x, deterministic=not train)
-        return x, self._coords[None, : x.shape[1]], masks.block_causal(raster(x.shape[1]))
+        return x, self._coords[None, : x.shape[1]], self._mask(cond, raster(x.shape[1]))
+
+    def _mask(self, cond, order: Order):
+        """Who sees whom of the condition and the tokens: of captions nobody the padding, which sees itself."""
+        mask = masks.block_causal(order)
+        if self.num_classes:
+            return mask
+        seen = self._seen(cond)
+        seen = jnp.pad(seen, ((0, 0), (0, order.length - self.told)), constant_values=True)
+        return (mask.traced() & seen[:, None]) | jnp.eye(order.length, dtype=bool)
+
+    def _seen(self, cond: Context) -> Bool[Array, "b p"]:
+        """Which vectors before the image are no padding."""
+        mask = _padding_first(cond).mask
+        return jnp.pad(mask, ((0, 0), (0, self.told - self.prefix)), constant_values=True)
 
     def _condition(self, cond) -> Float[Array, "b p d"]:
         if self.num_classes:
             return self.class_embed(cond)[:, None]
-        return self.caption_fc2(nn.gelu(self.caption_fc1(cond), approximate=True))
+        return self.caption_fc2(nn.gelu(self.caption_fc1(_padding_first(cond).features), approximate=True))
 
     def _read(self, tokens: Int[Array, "b q"]) -> Float[Array, "b q d"]:
         return self.token_embed(tokens)
 
     def _last(self, cond) -> Float[Array, "b 1 d"]:
         """The vector that predicts the first token."""
-        return self._condition(cond if self.num_classes else cond[:, -1:])
+        return self._condition(cond if self.num_classes else jax.tree.map(lambda x: x[:, -1:], _padding_first(cond)))
 
     def _hidden(self, x, coords, cache, mask, train: bool = False):
         """(What the head reads, the cache) after all blocks."""
         return self.transformer(x, coords, cache, mask, train=train)
+
+
+def _padding_first(words: Context) -> Context:
+    """The same words in the same order, behind the padding."""
+    order = jnp.argsort(words.mask, axis=1, stable=True)
+    return Context(jnp.take_along_axis(words.features, order[..., None], axis=1), jnp.take_along_axis(words.mask, order, axis=1))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxgen import masks
 from jaxgen.config import fields_of
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
@@ -85,7 +84,7 @@ class NeighbourLlama(ImageLlama):
         x = jnp.concatenate([self._condition(cond), self.token_embed(neighbours.split(tokens)[:, :known])], axis=1)
         x = self.drop_tokens(x, deterministic=not train)
         coords = np.concatenate([np.full((self.prefix, len(self.shape)), -1), neighbours.coords[:known]])
-        mask = masks.block_causal(Order(((1,),) * self.prefix + self.order.shapes[:-1]))
+        mask = self._mask(cond, Order(((1,),) * self.prefix + self.order.shapes[:-1]))
         hidden, _ = self._hidden(x, coords[None], None, mask, train)
         logits = self._mean(hidden, neighbours.before + self.prefix, _weights(neighbours.before))
         return neighbours.join(logits)

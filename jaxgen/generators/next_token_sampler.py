@@ -14,10 +14,11 @@ from jaxgen.decoding import Automaton, Settings, check_settings, sample_tokens
 from jaxgen.generators.bases import TokenModel
 from jaxgen.generators.next_scale_sampler import check_labels
 from jaxgen.generators.sequence_sampler import stepper
+from jaxgen.nn.cross_attention import Context
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer
 
-__all__ = ["NextTokenSampler"]
+__all__ = ["NextTokenSampler", "check_condition"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,13 +58,13 @@ class NextTokenSampler:
         Args:
           params: `{"generator": ..., "tokenizer": ...}`.
           key: the i-th image depends on the key, i, its condition and the settings, not on the rest of the batch.
-          cond: labels [b]; for a model of captions their features [b, p, c].
+          cond: labels [b]; for a model of captions a `Context` of their features [b, p, c], see `ImageLlama`.
           settings: traced.
 
         Raises:
-          ValueError: labels or settings out of range, or features of another shape.
+          ValueError: labels or settings out of range, or captions of another shape.
         """
-        cond = self._checked(cond)
+        cond = check_condition(cond, self.generator)
         shape = np.shape(settings.cfg)
         if shape not in ((), (self.weights,)):
             raise ValueError(f"cfg of shape {shape}: expected one weight, or {self.weights}, one a {self.weighed}")
@@ -75,29 +76,21 @@ class NextTokenSampler:
         """How many guidance weights a call can be given."""
         return self.generator.length
 
-    def _checked(self, cond):
-        model = self.generator
-        if model.num_classes:
-            return check_labels(cond, model.num_classes)
-        cond = jnp.asarray(cond, jnp.float32)
-        if cond.ndim != 3 or cond.shape[1:] != (model.prefix, model.caption_width):
-            raise ValueError(f"captions {cond.shape}: expected features [b, {model.prefix}, {model.caption_width}]")
-        return cond
-
     def conditions(self, params, key, cond):
         """What the generator is told, [2b, ...]: the conditions, then as many that say nothing; `params` as in a call."""
-        null = self.generator.apply(params["generator"], cond.shape[0], method="unconditional")
-        return jnp.concatenate([cond, null.astype(cond.dtype)])
+        null = self.generator.apply(params["generator"], cond, jnp.ones(_rows(cond), bool), method="drop")
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)]), cond, null)
 
     def tokens(self, variables, key, cond, settings) -> Int[Array, "b l"]:
         """Tokens in the order in which the generator makes them; `cond` as from `conditions`."""
-        cache = self.generator.apply(variables, self.generator.init_cache(len(cond)), cond, method="begin")
+        rows = _rows(cond)
+        cache = self.generator.apply(variables, self.generator.init_cache(rows), cond, method="begin")
         return sample_tokens(
             stepper(self.generator),
             params=variables,
             cache=cache,
             cond=cond,
-            batch=len(cond) // 2,
+            batch=rows // 2,
             order=self.generator.order,
             key=key,
             settings=settings,
@@ -115,3 +108,25 @@ class NextTokenSampler:
             return None, tokens
         # Pixels need no parameters.
         return self.tokenizer.apply(params.get("tokenizer", {}), tokens, method="decode"), tokens
+
+
+def check_condition(cond, model: TokenModel) -> Int[Array, "b"] | Context:
+    """`cond` as `model` reads it: int32 labels [b], or a `Context` of captions.
+
+    Raises:
+      ValueError: see `check_labels`; no `Context`, or one of other shapes than the model's.
+    """
+    if model.num_classes:
+        return check_labels(cond, model.num_classes)
+    if not isinstance(cond, Context):
+        raise ValueError(f"captions of type {type(cond).__name__}: expected a Context of features and a mask")
+    features, mask = jnp.asarray(cond.features, jnp.float32), jnp.asarray(cond.mask, bool)
+    if features.ndim != 3 or features.shape[1:] != (model.prefix, model.caption_width) or mask.shape != features.shape[:2]:
+        expected = f"features [b, {model.prefix}, {model.caption_width}] and a mask [b, {model.prefix}]"
+        raise ValueError(f"captions {features.shape} with a mask {mask.shape}: expected {expected}")
+    return Context(features, mask)
+
+
+def _rows(cond) -> int:
+    """2b or b, of labels or captions."""
+    return jax.tree.leaves(cond)[0].shape[0]

@@ -164,7 +164,7 @@ class PromptedLlama(ImageLlama):
     def _last(self, cond) -> Float[Array, "b 1 d"]:
         if self.coded:
             return self.token_embed(cond[:, -1:])
-        return jnp.broadcast_to(self.prompt_embed[-1], (len(cond), 1, self.width))
+        return jnp.broadcast_to(self.prompt_embed[-1], (len(jax.tree.leaves(cond)[0]), 1, self.width))
 
 
 def check_prompt_fields(prompts: int, prompt: str) -> None:

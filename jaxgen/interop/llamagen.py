@@ -2,6 +2,8 @@
 
     model = load(generator="c2i_B_256.pt", tokenizer="vq_ds16_c2i.pt")
     images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=4.0, top_k=2000)
+
+Models of captions take the features of FLAN-T5 XL, which is not here: `model.sample(key, Context(features, mask))`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from jaxgen.decoding import Settings
-from jaxgen.generators import ImageLlama, NextTokenSampler, check_labels
+from jaxgen.generators import ImageLlama, NextTokenSampler, check_condition
 from jaxgen.interop import flexvar
 from jaxgen.interop.calls import decode, encode, read_params
 from jaxgen.interop.files import read_checkpoint, read_state_dict, write_safetensors
@@ -80,12 +82,12 @@ class LlamaGen:
         """Teacher-forced float32 logits.
 
         Args:
-          cond: labels [b], of which `num_classes` means unconditional; or features of captions [b, p, c].
+          cond: labels [b], of which `num_classes` means unconditional; or captions: a `Context` of the language model's features
+            [b, p, c] and of a mask [b, p], False on the padding.
           tokens: of a square image.
         """
         tokens, grid = self._checked(tokens)
-        cond = check_labels(cond, self.num_classes) if self.num_classes else jnp.asarray(cond, jnp.float32)
-        return _logits(self.generator.clone(grid=grid), self.params["generator"], cond, tokens)
+        return _logits(self.generator.clone(grid=grid), self.params["generator"], check_condition(cond, self.generator), tokens)
 
     def sample(
         self,
@@ -101,7 +103,7 @@ class LlamaGen:
 
         Args:
           key: image i depends on the key, i and its condition, not on the rest of the batch.
-          cond: labels [b], or features of captions [b, p, c].
+          cond: labels [b], or captions as in `logits`.
           cfg: the authors' scale s in unconditional + s (conditional - unconditional); 1 is no guidance.
           top_k: 0 is off, 1 is greedy.
           top_p: 0 and 1 are off.

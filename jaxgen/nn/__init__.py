@@ -11,6 +11,7 @@ from jaxgen.nn.moe import MixtureOfExperts
 from jaxgen.nn.recurrent import RecurrentState, ShortConv
 from jaxgen.nn.rope import rotate
 from jaxgen.nn.ssm import Mamba2
+from jaxgen.nn.text_encoder import TextEncoder
 from jaxgen.nn.token_shuffle import TokenShuffle, TokenUnshuffle, window_order
 from jaxgen.nn.transformer import AdaLNBlock, AdaLNTransformer
 
@@ -41,6 +42,7 @@ __all__ = [
     "SelfAttention",
     "SharedModulation",
     "ShortConv",
+    "TextEncoder",
     "TokenShuffle",
     "TokenUnshuffle",
     "attend",

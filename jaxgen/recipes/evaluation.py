@@ -181,7 +181,7 @@ def sample_outputs(
       recipe: of images.
       params: by stage.
       key: of all samples.
-      labels: of the samples, [n].
+      labels: of the samples, [n], or what `Recipe.prompts` made of captions, [n, ...].
       names: which of the sampler's outputs [b, ...] are wanted.
       batch_size: samples made at a time, over all processes.
       mesh: where `params` lie.
@@ -195,7 +195,7 @@ def sample_outputs(
     parts = []
     for i, start in enumerate(range(0, len(labels), batch_size)):
         chunk = np.asarray(labels[start : start + batch_size])
-        padded = np.resize(chunk, batch_size)
+        padded = chunk[np.arange(batch_size) % len(chunk)]
         out = sample_batch(recipe, params, jax.random.fold_in(key, i), padded, mesh=mesh, **settings)
         parts.append({name: to_host(out[name])[: len(chunk)] for name in names})
     return {name: np.concatenate([part[name] for part in parts]) for name in names}

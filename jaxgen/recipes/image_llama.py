@@ -18,15 +18,15 @@ from jaxgen.recipes.next_token import NextTokenConfig, check_one_scale
 from jaxgen.recipes.tokenizer import TokenizerTrainConfig
 from jaxgen.tokenizers import FlexibleTokenizer
 
-__all__ = ["ImageLlamaConfig", "ImageLlamaModelConfig", "RULES", "config_of"]
+__all__ = ["ImageLlamaConfig", "ImageLlamaModelConfig", "LlamaSizesConfig", "RULES", "config_of"]
 
 # Classes are one more than a number that devices divide.
 RULES = ((r"class_embed", P(None, "fsdp")), *language.RULES, (r"(heads_before_\d+|join)/kernel", P("fsdp", "tensor")))
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageLlamaModelConfig:
-    """Sizes of `ImageLlama`, whose vocabulary and grid are the tokenizer's."""
+class LlamaSizesConfig:
+    """Sizes of an `ImageLlama`, whose vocabulary and grid are the tokenizer's, whatever it is told."""
 
     width: int = 768
     depth: int = 12
@@ -34,7 +34,6 @@ class ImageLlamaModelConfig:
     kv_heads: int = 0
     hidden: int = 0
     theta: float = 10000.0
-    num_classes: int = 10
     token_dropout: float = 0.1
     dropout: float = 0.1
     scan_layers: bool = False
@@ -42,13 +41,24 @@ class ImageLlamaModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        sizes = dict(width=1, depth=1, heads=1, kv_heads=0, hidden=0, theta=1, num_classes=1)
+        sizes = dict(width=1, depth=1, heads=1, kv_heads=0, hidden=0, theta=1)
         check_fields("model", self, **sizes, shares=("token_dropout", "dropout"))
         check_dtype("model", self.dtype)
         if self.width % self.heads or self.width // self.heads % 4:
             raise ValueError(f"model.heads={self.heads}: width {self.width} is not so many heads of a multiple of 4 numbers")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageLlamaModelConfig(LlamaSizesConfig):
+    """Sizes of an `ImageLlama` of classes."""
+
+    num_classes: int = 10
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields("model", self, num_classes=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +100,13 @@ def config_of(
       cls: `ImageLlamaConfig`, or one whose model has fields of its own.
 
     Raises:
-      ValueError: a model of captions, which no recipe is of.
+      ValueError: a model of captions, whose features come from elsewhere.
     """
     if not generator.num_classes:
-        raise ValueError(f"caption_width={generator.caption_width}: there is no recipe of models of captions, only of classes")
+        raise ValueError(
+            f"caption_width={generator.caption_width}: the files of a model of captions leave out what makes features of them, "
+            "which a work directory would need; jaxgen.interop takes the features"
+        )
 
     def fields(config, module):
         return type(config)(**config_lib.fields_of(module, type(config)) | dict(dtype=jnp.dtype(module.dtype).name))

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from jaxgen import config as config_lib
-from jaxgen.data import DataConfig, make_source
+from jaxgen.data import DataConfig, Source, make_source
 from jaxgen.decoding import Known, Settings
 from jaxgen.generators import NextScaleSampler, NextScaleTransformer, keep_tokens
 from jaxgen.objectives.likelihood import cross_entropy, drop_labels
@@ -173,6 +173,16 @@ class NextScaleConfig:
         Raises:
           ValueError: the data cannot be read, or has more classes or images of another size than the models.
         """
+        source, data = self.checked_source(), self.data
+        if not self.model.num_classes:
+            return dataclasses.replace(self, model=dataclasses.replace(self.model, num_classes=source.num_classes))
+        # A label beyond the last class would be read as "no class", which is the number after it.
+        if source.num_classes > self.model.num_classes:
+            raise ValueError(f"model.num_classes={self.model.num_classes}: {data.path} has {source.num_classes} classes")
+        return self
+
+    def checked_source(self) -> Source:
+        """The training images, of the size that the tokenizer takes; raises as `resolve`."""
         source, data, sides = make_source(self.data, "train"), self.data, self.build_tokenizer().image_size
         found = (data.image_size,) * 2 if data.image_size else source[0]["image"].shape[:2]
         if found != sides:
@@ -180,12 +190,7 @@ class NextScaleConfig:
                 f"images of {found[0]}x{found[1]} (data.path={data.path}, data.image_size={data.image_size}); the tokenizer's "
                 f"patch_nums={self.tokenizer.patch_nums} and ch_mult={self.tokenizer.ch_mult} take {sides[0]}x{sides[1]}"
             )
-        if not self.model.num_classes:
-            return dataclasses.replace(self, model=dataclasses.replace(self.model, num_classes=source.num_classes))
-        # A label beyond the last class would be read as "no class", which is the number after it.
-        if source.num_classes > self.model.num_classes:
-            raise ValueError(f"model.num_classes={self.model.num_classes}: {data.path} has {source.num_classes} classes")
-        return self
+        return source
 
     @property
     def num_classes(self) -> int:
@@ -235,6 +240,22 @@ class NextScaleConfig:
         metrics = likelihoods(logits, tokens, last=self.build_generator().order.sizes[-1])
         smoothing = self.model_train.label_smoothing
         return cross_entropy(logits, tokens, label_smoothing=smoothing).mean() if smoothing else metrics["nll"], metrics
+
+    def init_generator(self, key, inputs) -> dict[str, Any]:
+        """Variables of all that is trained with the generator, by module; `inputs` as from `teacher_inputs`."""
+        return {"generator": self.build_generator().init(key, jnp.zeros((1,), jnp.int32), inputs)}
+
+    def condition(self, params: Mapping[str, Any], batch: Mapping[str, Any], key=None):
+        """What the generator is told of a batch: labels, of which some are dropped where there is a key.
+
+        Args:
+          params: of the modules of `init_generator`.
+          batch: of the data.
+          key: of what is dropped while training.
+        """
+        if key is None:
+            return batch["label"]
+        return drop_labels(key, batch["label"], self.build_generator().num_classes, self.model_train.class_drop)
 
     def tokenizer_stage(self) -> Stage:
         """What trains the tokenizer."""
@@ -314,7 +335,7 @@ def generator_stage(config: NextScaleConfig) -> Stage:
             return config.teacher_inputs(tokenizer, variables, jnp.zeros((1, order.length), jnp.int32))
 
         shape = jax.eval_shape(inputs, modules(frozen).get("tokenizer", {}))
-        return {"generator": generator.init(key, jnp.zeros((1,), jnp.int32), jnp.zeros(shape.shape, shape.dtype))}, ()
+        return config.init_generator(key, jnp.zeros(shape.shape, shape.dtype)), ()
 
     def read(batch, frozen):
         variables = modules(frozen).get("tokenizer", {})
@@ -323,18 +344,19 @@ def generator_stage(config: NextScaleConfig) -> Stage:
 
     def loss(params, state, batch, key, step, frozen):
         drop_key, path_key = jax.random.split(key)
-        labels = drop_labels(drop_key, batch["label"], generator.num_classes, train.class_drop)
+        cond = config.condition(params, batch, drop_key)
         tokens, inputs = read(batch, frozen)
 
         def predict(inputs, **options):
-            return generator.apply(params["generator"], labels, inputs, train=True, rngs={"dropout": path_key}, **options)
+            return generator.apply(params["generator"], cond, inputs, train=True, rngs={"dropout": path_key}, **options)
 
         value, metrics = config.objective(predict, tokens, inputs, step)
         return value, (metrics, state)
 
     def eval_loss(params, state, batch, key, frozen):
         tokens, inputs = read(batch, frozen)
-        metrics = likelihoods(generator.apply(params["generator"], batch["label"], inputs), tokens, last=order.sizes[-1])
+        logits = generator.apply(params["generator"], config.condition(params, batch), inputs)
+        metrics = likelihoods(logits, tokens, last=order.sizes[-1])
         return {"loss": metrics["nll"], **metrics}
 
     return Stage(

@@ -85,7 +85,7 @@ class PromptedConfig(ImageLlamaConfig):
         Raises:
           ValueError: a class with fewer than two images.
         """
-        images, labels = images_of(self.data, (), self.class_images)
+        images, labels = map(np.concatenate, zip(*images_of(self.data, (), self.class_images)))
         places = np.argsort(labels, kind="stable")
         tokens = _encoded(self.build_tokenizer(), variables["tokenizer"], images[places])
         return ClassCodes.of(tokens, labels[places], self.num_classes)

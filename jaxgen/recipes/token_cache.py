@@ -85,12 +85,14 @@ def code_batches(data: DataConfig, batch_size: int, split: str, shard_index: int
     """Batches for a generator: of "tokens" and labels where `data.tokens` names a cache, of images and labels otherwise.
 
     Raises:
-      ValueError: the cache is not there or not complete, or see `image_batches`.
+      ValueError: the cache is not there, not complete or without such captions, or see `image_batches`.
     """
     if not data.tokens:
         return image_batches(data, batch_size, split, shard_index, shard_count)
     shard = dict(shard_index=shard_index, shard_count=shard_count, workers=data.workers, seed=data.seed)
     source = TokenSource(os.path.join(data.tokens, split))
+    if data.captions not in (0, source.captions):
+        raise ValueError(f"data.captions={data.captions}: {source.folder} has captions of {source.captions} bytes; encode again")
     return token_batches(source, batch_size=batch_size, train=split == "train", **shard)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from jaxgen.data import ArraySource, DataConfig, batches, make_source
 from jaxgen.data import shard_set as shard_set_module
 from jaxgen.data.array_records import read_example, write_example
-from jaxgen.data.shard_rows import ROW
+from jaxgen.data.shard_rows import ROW, Row
 from jaxgen.data.shard_set import HeldOut, ShardSource, find_shards, shard_source
 from jaxgen.data.tar_shards import TarShards, write_tar
 
@@ -196,7 +196,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     with open(index, "wb") as file:
         file.truncate(n * ROW.itemsize)  # sparse: takes no disk either
     rows = np.memmap(index, ROW, "r+")
-    rows[-1] = (512, 100, 6, n // per_shard - 1)
+    rows[-1] = (512, 100, 6, 0, 0, n // per_shard - 1)
     del rows
     paths = tuple(f"{i}.tar" for i in range(n // per_shard))
     tracemalloc.start()
@@ -226,7 +226,7 @@ class _Places:
 
 
 def test_building_an_index_holds_one_shard_at_a_time(tmp_path, monkeypatch):
-    rows = [(i, 1, 0) for i in range(2000)]
+    rows = [Row(i, 1, 0) for i in range(2000)]
     monkeypatch.setattr(TarShards, "index", lambda self, path: iter(rows))
     peaks = []
     for count in (2, 40):

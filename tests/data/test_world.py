@@ -10,7 +10,7 @@ import pytest
 from jaxgen import config as config_lib
 from jaxgen.data import DataConfig, World, WorldConfig, batches, info, make_source
 from jaxgen.data.world_captions import PLACES, Backdrop, Caption, Count, Place, Relation, Thing, parse, place_of, say
-from jaxgen.data.world_oracle import caption_score, check, class_score, find_blobs, perceive
+from jaxgen.data.world_oracle import attribute_scores, caption_score, check, class_score, find_blobs, perceive
 from jaxgen.data.world_render import coverage, distance, render
 from jaxgen.data.world_scene import BACKGROUNDS, CLASSES, COLOURS, GAP, MARGIN, REACH, SHAPES, SIZES, Object, Scene, draw_scene
 
@@ -269,6 +269,22 @@ def test_how_much_the_oracle_bears(examples):
     assert share(lambda image: 0.8 * image + 25) == 1  # paler
     assert share(noisy(90)) < 0.2
     assert share(lambda image: blurred(image, 3)) < 0.2
+
+
+def test_attributes_are_asked_for_one_by_one():
+    scene = Scene("black", (Object("circle", "red", 0.5, 0.5, 0.18), Object("cross", "blue", 0.1, 0.1, 0.1)))
+    cases = {
+        "one red circle": dict(count=1, shape=1, colour=1),
+        "two red circles": dict(count=0, shape=1, colour=1),
+        # Both are there, though not of one thing.
+        "a red cross in the centre": dict(place=0, shape=1, colour=1),
+        "a large green circle left of a small blue object": dict(relation=0, size=1, shape=1, colour=0.5),
+        "no crosses; a white background": dict(count=0, background=0),
+        "a cross at the top left; a black background": dict(place=1, shape=1, background=1),
+        "a circle at the top left": dict(place=0, shape=1),
+    }
+    for caption, want in cases.items():
+        assert attribute_scores(caption, scene) == want, caption
 
 
 def test_class_scores():

@@ -7,7 +7,7 @@ import pytest
 
 from jaxgen.decoding import Settings, View
 from jaxgen.generators import ImageLlama, NextTokenSampler
-from jaxgen.nn import rotate
+from jaxgen.nn import Context, rotate
 from jaxgen.tokenizers import FlexibleTokenizer
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
@@ -16,7 +16,9 @@ SIZES = dict(vocab=11, grid=3, width=32, heads=4, depth=2, kv_heads=2, scan_laye
 CLASSES, CAPTIONS = ImageLlama(**SIZES, num_classes=5), ImageLlama(**SIZES, caption_width=6, prefix=4)
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9)).astype(np.int32)
 FEATURES = np.random.default_rng(1).standard_normal((2, 4, 6)).astype(np.float32)
-CONDITIONS = {CLASSES: np.array([1, 5], np.int32), CAPTIONS: FEATURES}
+# A caption of two words, whose padding is given on the right, and one of four.
+WORDS = Context(FEATURES, np.array([[True, True, False, False], [True] * 4]))
+CONDITIONS = {CLASSES: np.array([1, 5], np.int32), CAPTIONS: WORDS}
 
 
 @pytest.fixture(scope="module", params=[CLASSES, CAPTIONS], ids=["classes", "captions"])
@@ -49,16 +51,33 @@ def test_nothing_looks_ahead_and_the_condition_is_read(case):
     base, changed = logits(params, cond, TOKENS), logits(params, cond, changed)
     np.testing.assert_array_equal(base[:, :5], changed[:, :5])
     assert not np.allclose(base[:, 5:], changed[:, 5:])
-    other = cond - 1 if cond.ndim == 1 else cond * np.array([2.0, 1, 1, 1], np.float32)[:, None]
+    twice = np.array([2.0, 1, 1, 1], np.float32)[:, None]
+    other = cond - 1 if model.num_classes else Context(cond.features * twice, cond.mask)
     assert not np.allclose(base[:, 0], logits(params, other, TOKENS)[:, 0])
 
 
-def test_unconditional(case):
+def test_dropped_conditions_say_nothing(case):
+    """A dropped caption has the learned features in place of its own, and is as long as it was."""
     model, params, cond = case
-    null = model.apply(params, 2, method="unconditional")
-    assert null.shape == cond.shape
-    want = np.full(2, 5) if model.num_classes else np.broadcast_to(params["params"]["no_caption"], (2, 4, 6))
-    np.testing.assert_array_equal(null, want)
+    dropped = model.apply(params, cond, np.array([True, False]), method="drop")
+    if model.num_classes:
+        return np.testing.assert_array_equal(dropped, [5, 5])
+    np.testing.assert_array_equal(dropped.features, [params["params"]["no_caption"], FEATURES[1]])
+    np.testing.assert_array_equal(dropped.mask, [[False, False, True, True], [True] * 4])
+
+
+@pytest.mark.parametrize("grid", [3, (9,)])
+def test_padding_is_nowhere(randomize, grid):
+    """A short caption among longer ones is what it is to a model of short captions, on whichever side it is padded."""
+    long = CAPTIONS.clone(grid=grid)
+    short, params = long.clone(prefix=2), jax.device_put(randomize(long.param_shapes()))
+    few = {"params": params["params"] | {"no_caption": params["params"]["no_caption"][:2]}}
+    want = jax.jit(short.apply)(few, Context(FEATURES[:, :2], np.ones((2, 2), bool)), TOKENS)
+    places = ([0, 1], [2, 3], [0, 3])
+    for at in places:
+        features, mask = np.full((2, 4, 6), 9.0, np.float32), np.zeros((2, 4), bool)
+        features[:, at], mask[:, at] = FEATURES[:, :2], True
+        np.testing.assert_allclose(jax.jit(long.apply)(params, Context(features, mask), TOKENS), want, atol=1e-5)
 
 
 def test_what_is_no_place_turns_to_nothing():
@@ -77,11 +96,11 @@ def test_sampling_compiles_once_and_guidance_mixes_logits(case):
     given = {"generator": params, "tokenizer": jax.jit(tokenizer.init)(jax.random.key(0), jnp.zeros(image.shape))}
     sampler, traces = NextTokenSampler(generator=model, tokenizer=tokenizer), NextTokenSampler._sample._cache_size()
     images, tokens = sampler(given, jax.random.key(0), cond, Settings(cfg=1.5, top_k=1))
-    sampler(given, jax.random.key(1), cond[::-1], Settings(cfg=0.5, temperature=0.7, top_p=0.9))
+    sampler(given, jax.random.key(1), jax.tree.map(lambda x: x[::-1], cond), Settings(cfg=0.5, temperature=0.7, top_p=0.9))
     assert images.shape == (2, 3, 3, 3) and NextTokenSampler._sample._cache_size() == traces + 1
     # The most likely token at each place, given those before: (1 + t) conditional - t unconditional.
     logits = jax.jit(model.apply)
-    null = model.apply(params, 2, method="unconditional")
+    null = model.apply(params, cond, np.ones(2, bool), method="drop")
     mixed = 2.5 * logits(params, cond, tokens) - 1.5 * logits(params, null, tokens)
     np.testing.assert_array_equal(mixed.argmax(-1), tokens)
 
@@ -93,9 +112,13 @@ def test_bad_input(case):
             ImageLlama(**SIZES, **fields)
     tokenizer = FlexibleTokenizer(ch=8, ch_mult=(1,), groups=4, vocab=11, width=4, patch_nums=(3,))
     sampler = NextTokenSampler(generator=model, tokenizer=tokenizer)
-    bad = np.array([7]) if model.num_classes else np.zeros((1, 9, 6))
-    with pytest.raises(ValueError, match="label 7 is out of range" if model.num_classes else r"captions \(1, 9, 6\)"):
-        sampler({}, jax.random.key(0), bad)
+    long = Context(np.zeros((1, 9, 6)), np.ones((1, 9), bool))
+    refused = [(np.array([7]), "label 7 is out of range")]
+    if not model.num_classes:
+        refused = [(long, r"captions \(1, 9, 6\) with a mask \(1, 9\)"), (FEATURES, "captions of type ndarray")]
+    for given, message in refused:
+        with pytest.raises(ValueError, match=message):
+            sampler({}, jax.random.key(0), given)
 
 
 def test_dropout_is_for_training(randomize):

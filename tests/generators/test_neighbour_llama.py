@@ -7,6 +7,7 @@ import pytest
 
 from jaxgen.decoding import Settings, gumbel
 from jaxgen.generators import NeighbourLlama, NextTokenSampler
+from jaxgen.nn import Context
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
 
@@ -15,7 +16,8 @@ FLAT = NeighbourLlama(**SIZES, grid=(3, 4), num_classes=3, kv_heads=1)
 CLIP = NeighbourLlama(**SIZES, grid=(2, 3, 2), caption_width=5, prefix=3)
 TOKENS = np.random.default_rng(0).integers(0, 7, (2, 12)).astype(np.int32)
 FEATURES = np.random.default_rng(1).standard_normal((2, 3, 5)).astype(np.float32)
-CONDITIONS = {FLAT: np.array([1, 3], np.int32), CLIP: FEATURES}
+WORDS = Context(FEATURES, np.array([[True, False, True], [True] * 3]))
+CONDITIONS = {FLAT: np.array([1, 3], np.int32), CLIP: WORDS}
 
 
 @pytest.fixture(scope="module", params=[FLAT, CLIP], ids=["image", "clip"])
@@ -36,7 +38,8 @@ def test_what_a_token_is_predicted_from(case):
         changed[:, i] = (changed[:, i] + 1) % 7
         moved = np.abs(logits(cond, changed) - whole).max(axis=(0, 2)) > 1e-6
         np.testing.assert_array_equal(moved, distance > distance[i])
-    other = (cond + 1) % 4 if cond.ndim == 1 else cond * np.array([2.0, 1, 1], np.float32)[:, None]
+    twice = np.array([2.0, 1, 1], np.float32)[:, None]
+    other = (cond + 1) % 4 if model.num_classes else Context(cond.features * twice, cond.mask)
     assert np.all(np.abs(logits(other, TOKENS) - whole).max(-1) > 1e-5)
 
 
@@ -61,7 +64,7 @@ def test_the_compiled_loop_is_the_python_loop(case, settings):
     model, params, cond, logits = case
     neighbours, key = model.neighbours, jax.random.key(4)
     noise = np.asarray(neighbours.join(gumbel(key, jnp.arange(2), jnp.arange(12), 7)))
-    null = np.asarray(model.apply(params, 2, method="unconditional"))
+    null = model.apply(params, cond, np.ones(2, bool), method="drop")
     tokens = np.zeros((2, 12), np.int32)
     for step in range(model.order.steps):
         mixed = (1 + settings.cfg) * np.float64(logits(cond, tokens)) - settings.cfg * np.float64(logits(null, tokens))
@@ -83,9 +86,10 @@ def test_one_program_for_all_settings_and_rows_apart(case):
     sampler, given = NextTokenSampler(generator=model, tokenizer=None), {"generator": params}
     _, usual = sampler(given, jax.random.key(0), cond, Settings(cfg=1.0))
     before = NextTokenSampler._sample._cache_size()
-    _, other = sampler(given, jax.random.key(1), cond[::-1], Settings(cfg=0.5, temperature=2.0, top_k=3))
+    backwards = jax.tree.map(lambda x: x[::-1], cond)
+    _, other = sampler(given, jax.random.key(1), backwards, Settings(cfg=0.5, temperature=2.0, top_k=3))
     assert NextTokenSampler._sample._cache_size() == before and np.any(usual != other)
-    _, same = sampler(given, jax.random.key(0), np.stack([cond[0], cond[0]]), Settings(cfg=1.0))
+    _, same = sampler(given, jax.random.key(0), jax.tree.map(lambda x: np.stack([x[0], x[0]]), cond), Settings(cfg=1.0))
     np.testing.assert_array_equal(same[0], usual[0])
 
 

@@ -22,10 +22,11 @@ def test_train_and_continue_prompts(workdir, succeeds, refused, tmp_path):
     assert re.search(r"text.txt: 4 samples, 60 tokens in 60 calls", said)
     texts = out.read_text(errors="replace").split("\n" + "-" * 40 + "\n")
     assert [text.startswith(prompt) for text, prompt in zip(texts, ("def ", "def ", "In the", "In the"))] == [True] * 4
+    either = "either --labels (of classes) or --prompt (captions, text) has to be given"
     for args, line in (
         (("--labels", 1, "--out", tmp_path / "x.png"), f"--workdir {workdir}: makes text; give --prompt"),
-        (("--out", out), "either --labels (images) or --prompt (text) has to be given"),
-        (("--prompt", "a", "--labels", 1, "--out", out), "either --labels (images) or --prompt (text) has to be given"),
+        (("--out", out), either),
+        (("--prompt", "a", "--labels", 1, "--out", out), either),
         (("--prompt", "a", "--out", tmp_path / "x.png"), "the name has to end in .txt"),
         (("--prompt", "", "--out", out), "each needs at least one byte"),
         (("--prompt", "a" * 21, "--out", out), "expected 1 to max_length=20 tokens"),
