@@ -61,7 +61,7 @@ def build(variant: str) -> ByteClipConfig:
     return dataclasses.replace(
         small,
         data=ClipConfig(path="clips.npz", frames=4, every=4, height=16, width=28),
-        codec=ClipCodecConfig(length=192, quantiser=42),
+        codec=ClipCodecConfig(length=224, quantiser=42),
         model=dataclasses.replace(small.model, num_classes=2),
     )
 
