@@ -2,14 +2,16 @@
 
     python scripts/train.py --config configs/avc_lm.py --variant small --workdir runs/avc
     python scripts/sample.py --workdir runs/avc --labels 0,1,2 --num 4 --cfg 0 --top_p 0.9 --out clips.gif --files samples/
+    python scripts/claim.py "S016 AVC-LM" --budget smoke --seeds 1
 
-Needs PyAV (`pip install 'jaxgen[video]'`). Streams have one quantiser, a baseline profile and no metadata, and the model sees
-what differs between them. Sampling keeps to the framing and the headers of the units, so that a reader finds every picture of a
-sample; `--option constrained=False` lets go of it. The bits of a picture are the model's own: a sample in which they are wrong
-is shown grey and saved as raw bytes (`.bin`), though readers make up what is missing in most of these. Few are right so far: one
-of 16 after 1,200 updates of `small`, none of 12 after 300 of `films`. S016's claims are `jpeg_lm`'s.
+Needs PyAV (`pip install 'jaxgen[video]'`). Streams have one quantiser, a baseline profile whose macroblocks are predicted as a
+whole, and no metadata, and the model sees what differs between them. Sampling keeps to the whole syntax, down to the bits of
+CAVLC's codes (`jaxgen.decoding.H264Grammar`): a decoder reads every sample, of any weights, without an error. `--option
+constrained=False` lets go of it; what is then not valid is shown grey and saved as raw bytes (`.bin`), though readers make up
+what is missing in much of it. After 229 updates of `small` (2.97 nats a test token, 2.9 to 3.0 in training, with dropout) 100 of
+100 samples were valid with the grammar; without it 8 were, though a reader opened 86.
 
-Variants: `smoke` (seconds on a CPU), `small` (handwritten digits that move, 4 frames of 16 x 32 pixels, minutes on a CPU),
+Variants: `smoke` (seconds on a CPU), `small` (handwritten digits that move, 4 frames of 16 x 32 pixels, 16 motions of each),
 `films` (the films of an npz file, each a class: `--set data.path=clips.npz`), and `paper`: Llama 2 7B on 15 frames of 144 x 256
 pixels, of 3 a second (of films with 24), at quantiser 37, with 768 byte pairs beside the bytes (`codec.merges`) and no classes. A
 slice for each macroblock, the vocabulary and the window of 32,768 tokens are as a reproduction of the paper has them, and the
@@ -60,7 +62,7 @@ def build(variant: str) -> ByteClipConfig:
     return dataclasses.replace(
         small,
         data=ClipConfig(path="clips.npz", frames=4, every=4, height=16, width=28),
-        codec=ClipCodecConfig(length=192, quantiser=42),
+        codec=ClipCodecConfig(length=224, quantiser=42),
         model=dataclasses.replace(small.model, num_classes=2),
     )
 

@@ -4,8 +4,8 @@
     python scripts/sample.py --workdir runs/jpeg --labels 0,1,2 --num 8 --cfg 0 --top_p 0.9 --out grid.png
 
 Files have one quality, the standard's tables and no metadata, and the model sees what differs between them. Sampling keeps to
-the grammar of JPEG, so that every sample is a whole file; `--option constrained=False` lets go of it. AVC-LM's files are
-`jaxgen.tokenizers.video.H264Codec`'s.
+the grammar of JPEG, so that every sample is a whole file; `--option constrained=False` lets go of it. AVC-LM is
+`configs/avc_lm.py`.
 
 Variants: `smoke` (seconds on a CPU), `small` (scikit-learn's digits at quality 10, some 13 bytes each, minutes on a CPU), `mnist`
 (28 pixels, from `data.path`), and `paper`: Llama 2 7B on images of 256 pixels at quality 25, 4:2:0, with a restart marker behind

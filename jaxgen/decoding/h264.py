@@ -107,8 +107,8 @@ class H264Grammar:
     macroblocks of one motion from the picture before (P 16 x 16), or none. The quantiser never changes, and slices begin with
     headers that are told. Predictions are from neighbours of the same slice alone.
 
-    `least` is exact but for a block's cost where it has no coefficients, taken to be the greatest one, and for escapes, one of
-    which is reckoned with for every two bytes of a slice behind its header.
+    `least` is what surely suffices, a few bytes more than what is needed: blocks without coefficients cost the most that they can
+    there, and every two bytes of a slice behind its header an escape. So a stream ends before the room for it does.
 
     Attributes:
       headers: the bits that each unit begins with, as a text of 0 and 1: its kind and its slice's header, no start code.

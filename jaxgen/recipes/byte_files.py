@@ -29,7 +29,7 @@ from jaxgen.train.loop import RunConfig
 
 __all__ = ["LEARNT_FROM", "ByteFileConfig", "FileCodecConfig", "likelihood", "save_files"]
 
-LEARNT_FROM = 256  # training files that pairs are learnt from
+LEARNT_FROM = 128  # training files that pairs are learnt from
 
 
 @dataclasses.dataclass(frozen=True)

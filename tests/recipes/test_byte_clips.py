@@ -120,8 +120,11 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             config_lib.override(CONFIG, [edit]).resolve()
-    resolved = CONFIG.resolve()
-    assert (resolved.data.height, resolved.data.width) == (16, 32) and resolved.codec == ClipCodecConfig(length=96, quantiser=40)
+    resolved = config_lib.override(CONFIG, ["codec.merges=8"]).resolve()
+    codec = ClipCodecConfig(length=96, quantiser=40, merges=8, pairs=resolved.codec.pairs)
+    assert (resolved.data.height, resolved.data.width) == (16, 32) and resolved.codec == codec and len(codec.pairs) == 16
+    tokens, clip = resolved.build_tokenizer(), CONFIG.data.source("train")[5]["clip"]
+    assert tokens.file(tokens.tokens(tokens.codec.encode(clip))) == CONFIG.build_codec().encode(clip)
     with pytest.raises(ValueError, match="variant 'tiny' is not one of smoke, small, films, paper"):
         avc_lm.get_config("tiny")
 

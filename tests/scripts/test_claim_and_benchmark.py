@@ -55,14 +55,16 @@ def test_a_claim_is_printed_and_appended(toy, succeeds, refused, tmp_path):
 
     before = results.read_text()
     assert refused("claim", "S900", "--budget", "none", "--results", results) == "budget 'none' is not one of some"
-    (tmp_path / "configs" / "twin.py").write_text(TOY.replace("S900 Toy:", "S900 Twin:") + "\n\ndef get_config(variant):\n    pass\n")
-    assert refused("claim", "S900", "--results", results) == "system 'S900': there are 'S900 Toy', 'S900 Twin'"
-    succeeds("claim", "S900 Twin", "--budget", "some", "--results", results)
-    assert "## S900 Twin: counts to three" in results.read_text()
     for system in ("S901", "S90", "toy"):
         line = refused("claim", system, "--results", results)
         assert line == f"system {system!r}: no file in configs/ opens with it and has a claim"
     assert results.read_text() == before
+
+    toy = (tmp_path / "configs" / "toy.py").read_text()
+    (tmp_path / "configs" / "twin.py").write_text(toy.replace("S900 Toy", "S900 Twin"))
+    assert refused("claim", "S900", "--results", results) == "system 'S900': there are 'S900 Toy', 'S900 Twin'"
+    succeeds("claim", "S900 Twin", "--budget", "some", "--results", results)
+    assert "## S900 Twin: counts to three" in results.read_text()
 
 
 def test_the_claim_of_s047_is_found(monkeypatch, succeeds, refused, tmp_path):
