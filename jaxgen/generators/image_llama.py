@@ -14,6 +14,7 @@ from jaxgen import masks
 from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.generators.bases import LlamaModel, TokenModel
+from jaxgen.nn.placement import place_rows
 from jaxgen.orders import Order, raster
 
 __all__ = ["ImageLlama"]
@@ -165,7 +166,7 @@ class ImageLlama(TokenModel, LlamaModel):
 
     def _condition(self, cond) -> Float[Array, "b p d"]:
         if self.num_classes:
-            return self.class_embed(cond)[:, None]
+            return place_rows(self.class_embed(cond))[:, None]
         return self.caption_fc2(nn.gelu(self.caption_fc1(cond), approximate=True))
 
     def _read(self, tokens: Int[Array, "b q"]) -> Float[Array, "b q d"]:
