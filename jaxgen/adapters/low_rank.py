@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Key
 
 from jaxgen.adapters.linear import Linear, contracted_axes, layer_features, rows_of
+from jaxgen.nn.placement import place_rows
 
 __all__ = ["init_low_rank", "low_rank_layers"]
 
@@ -67,7 +68,8 @@ def low_rank_layers(
         if adapter is None:
             return y
         x = rows_of(args[0], axes)
-        more = scale * ((x @ adapter["a"].astype(x.dtype)) @ adapter["b"].astype(x.dtype))
+        more = place_rows(x @ adapter["a"].astype(x.dtype))
+        more = scale * place_rows(more @ adapter["b"].astype(x.dtype))
         if gate is not None:
             more = jnp.where(gate[..., None], more, 0)
         return y + more.reshape(*more.shape[:-1], *layer_features(context.module)).astype(y.dtype)

@@ -15,6 +15,7 @@ from jaxgen.decoding.cache import KVCache
 from jaxgen.decoding.step import Out, View
 from jaxgen.generators.bases import LlamaModel, TokenModel
 from jaxgen.nn.cross_attention import Context
+from jaxgen.nn.placement import place_rows
 from jaxgen.orders import Order, raster
 
 __all__ = ["ImageLlama"]
@@ -192,7 +193,7 @@ class ImageLlama(TokenModel, LlamaModel):
 
     def _condition(self, cond) -> Float[Array, "b p d"]:
         if self.num_classes:
-            return self.class_embed(cond)[:, None]
+            return place_rows(self.class_embed(cond))[:, None]
         return self.caption_fc2(nn.gelu(self.caption_fc1(_padding_first(cond).features), approximate=True))
 
     def _read(self, tokens: Int[Array, "b q"]) -> Float[Array, "b q d"]:

@@ -51,7 +51,7 @@ def test_every_variant_builds_and_survives_json(system, variant):
 
 
 def test_the_parts_of_a_model_are_placed():
-    """Every block, both heads and the embeddings are split; the classes, one more than devices divide, are not."""
+    """Every block, both heads and the embeddings are split; the classes, one more than devices divide, by width."""
     shapes = {"generator": nar.build("paper").build_generator().param_shapes()}
     mesh = AbstractMesh((1, 2, 4, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     placed = shardings(mesh, shapes, RULES)["generator"]["params"]
@@ -62,7 +62,7 @@ def test_the_parts_of_a_model_are_placed():
     for name in ("head", "heads_before_0"):
         assert tuple(placed[name]["kernel"].spec) == ("fsdp", "tensor")
     assert tuple(placed["token_embed"]["embedding"].spec) == ("tensor", "fsdp")
-    assert not any(placed["class_embed"]["embedding"].spec)
+    assert tuple(placed["class_embed"]["embedding"].spec) == (None, "fsdp")
 
 
 def test_the_baseline_has_as_many_blocks():
