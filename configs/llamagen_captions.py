@@ -8,8 +8,9 @@ Captions are bytes, and what encodes them is trained along; the authors' encoder
 `data.captions` bytes, which the generator does not see; one that is longer is an error, unless `data.cut_captions=true`. A tenth
 of them are dropped for guidance. On the procedural world an oracle says how often samples are what their captions say.
 
-Variants: `smoke` (seconds, nothing is learnt) and `small` (about half an hour on 2 CPU cores) are on the procedural world at 32
-pixels; one's own images take `data.path=...npz data.image_size=32`, with captions beside them (see `jaxgen.data.DataConfig`).
+Variants: `smoke` (nothing is learnt) and `small` (for a CPU; its budget is a guess that has not been run to its end) are on the
+procedural world at 16 and 32 pixels; one's own images take `data.path=...npz data.image_size=32`, with captions beside them (see
+`jaxgen.data.DataConfig`).
 `paper` is LlamaGen-XL for text at 256 pixels: their first stage, with 120 features of width 2048 a caption.
 """
 
@@ -83,7 +84,7 @@ def _small() -> CaptionLlamaConfig:
             codebook_init=0.1,
         ),
         tokenizer_train=TokenizerTrainConfig(
-            steps=1000,
+            steps=1500,
             batch_size=32,
             perceptual_weight=0.0,
             adversarial_weight=0.0,
@@ -93,7 +94,7 @@ def _small() -> CaptionLlamaConfig:
         model=LlamaSizesConfig(width=128, depth=4, heads=4, token_dropout=0.0, dropout=0.0),
         text=TextEncoderConfig(features=64, width=64, depth=2, heads=4, stride=8),
         model_train=ModelTrainConfig(
-            steps=3000,
+            steps=6000,
             batch_size=32,
             ema=0.998,
             optim=OptimConfig(lr=1.5e-3, warmup_steps=100, schedule="cosine", lr_end=0.05, clip=1.0, no_decay=NO_DECAY),
