@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxgen import config as config_lib
-from jaxgen.data import pixels
+from jaxgen.data import make_source, pixels
 from jaxgen.decoding import Settings
 from jaxgen.generators import ClassCodes, PromptedLlama, PromptedSampler
 from jaxgen.generators.prompted_llama import check_prompt_fields
@@ -85,10 +85,13 @@ class PromptedConfig(ImageLlamaConfig):
         Raises:
           ValueError: a class with fewer than two images.
         """
-        images, labels = map(np.concatenate, zip(*images_of(self.data, (), self.class_images)))
+        tokenizer, tokens, labels = self.build_tokenizer(), [], []
+        for images, own in images_of(self.data, (), self.class_images):
+            tokens.append(_encoded(tokenizer, variables["tokenizer"], images))
+            labels.append(own)
+        labels = np.concatenate(labels)
         places = np.argsort(labels, kind="stable")
-        tokens = _encoded(self.build_tokenizer(), variables["tokenizer"], images[places])
-        return ClassCodes.of(tokens, labels[places], self.num_classes)
+        return ClassCodes.of(jnp.concatenate(tokens)[places], labels[places], self.num_classes)
 
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
@@ -100,13 +103,8 @@ class PromptedConfig(ImageLlamaConfig):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encoded(tokenizer, variables, images) -> Int[Array, "m l"]:
-    """The tokens of images, a few of them at a time."""
-    m, part = len(images), min(256, len(images))
-    images = jnp.pad(images, ((0, -m % part), (0, 0), (0, 0), (0, 0)))
-    parts = images.reshape(-1, part, *images.shape[1:])
-    tokens = jax.lax.map(lambda part: tokenizer.apply(variables, pixels(part), method="encode"), parts)
-    return tokens.reshape(len(images), -1)[:m]
+def _encoded(tokenizer, variables, images) -> Int[Array, "b l"]:
+    return tokenizer.apply(variables, pixels(images), method="encode")
 
 
 def class_prompt_stage(config: PromptedConfig, base: Stage) -> Stage:
@@ -119,7 +117,9 @@ def class_prompt_stage(config: PromptedConfig, base: Stage) -> Stage:
 
     def init(key, frozen):
         cond, tokens = (jnp.zeros((1, n), jnp.int32) for n in (1 + generator.prompts, generator.length))
-        return {"generator": generator.init(key, cond, tokens)}, config.build_prompts(modules(frozen))
+        count = min(len(make_source(config.data, "train")), config.class_images)
+        blank = ClassCodes(*(jnp.zeros(n, jnp.int32) for n in ((count, generator.length), *(generator.num_classes + 1,) * 2)))
+        return {"generator": generator.init(key, cond, tokens)}, blank
 
     def read(batch, labels, prompts, key, frozen):
         """(Labels with prompts, tokens)."""
@@ -142,7 +142,10 @@ def class_prompt_stage(config: PromptedConfig, base: Stage) -> Stage:
         metrics = likelihoods(generator.apply(params["generator"], cond, tokens), tokens, last=1)
         return {"loss": metrics["nll"], **metrics}
 
-    return dataclasses.replace(base, init=init, loss=loss, eval_loss=eval_loss)
+    def fill(frozen):
+        return config.build_prompts(modules(frozen))
+
+    return dataclasses.replace(base, init=init, fill=fill, loss=loss, eval_loss=eval_loss)
 
 
 def _sample(config: PromptedConfig, kept: dict, params, key, labels, *, prompts: ClassCodes | None = None, **settings) -> dict:

@@ -34,7 +34,7 @@ def test_prompts_of_the_class(randomize, batch):
     params = {"tokenizer": {"tokenizer": variables}}
     shapes, prompts = jax.eval_shape(stage.init, jax.random.key(0), params)
     params["generator"] = jax.device_put(randomize(shapes, seed=1))
-    kept, encode = config.build_prompts(params["tokenizer"]), jax.jit(lambda x: tokenizer.apply(variables, x, method="encode"))
+    kept, encode = stage.fill(params), jax.jit(lambda x: tokenizer.apply(variables, x, method="encode"))
     assert jax.tree.map(jnp.shape, kept) == jax.tree.map(lambda x: x.shape, prompts) and kept.tokens.shape == (300, 16)
     images, labels = map(np.concatenate, zip(*images_of(config.data, (), 300)))
     for place, label in ((0, 0), (int(kept.first[7]) + 2, 7)):
