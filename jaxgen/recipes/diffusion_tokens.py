@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxgen.data import image_batches, pixels
@@ -255,7 +256,7 @@ def diffusion_tokenizer_stage(config: DiffusionTokensConfig) -> Stage:
         eval_loss=eval_loss,
         ema=train.ema,
         accumulate=train.accumulate,
-        rules=RULES,
+        rules=((r"projector/.*kernel", P("fsdp", "tensor")), *RULES),
         notes=(f"{NO_PERCEPTUAL} (tokenizer_train.perceptual_path and .lpips_path)",) if missing else (),
     )
 
