@@ -27,7 +27,7 @@ def random_variables(model):
     )
 
 
-@pytest.mark.parametrize("model", [PLAIN, HYBRID], ids=["mamba", "hybrid"])
+@pytest.mark.parametrize("model", [pytest.param(PLAIN, marks=pytest.mark.slow), HYBRID], ids=["mamba", "hybrid"])
 def test_the_step_keeps_the_contract_on_chains_and_trees(model):
     params = random_variables(model)
     cache = model.init_cache(2, 13)
