@@ -26,6 +26,7 @@ TEXT_RULES = (
     (r"text/.*proj/kernel", P("tensor", None, "fsdp")),
     (r"text/.*fc1/kernel", P("fsdp", "tensor")),
     (r"text/.*fc2/kernel", P("tensor", "fsdp")),
+    (r"text/.*join/kernel", P("fsdp", "tensor")),
     (r"text/", P()),
 )
 

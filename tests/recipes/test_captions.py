@@ -176,7 +176,8 @@ def test_what_captions_say_is_learnt():
     shapes = jax.eval_shape(config.build_tokenizer().init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     frozen = {"tokenizer": {"tokenizer": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)}}
     params, _ = jax.jit(stage.init)(jax.random.key(0), frozen)
-    optimizer = optax.adam(1e-2)
+    steps = 300
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
     @jax.jit
     def train(params):
@@ -186,7 +187,7 @@ def test_what_captions_say_is_learnt():
             updates, state = optimizer.update(grad, state)
             return optax.apply_updates(params, updates), state
 
-        return jax.lax.fori_loop(0, 150, step, (params, optimizer.init(params)))[0]
+        return jax.lax.fori_loop(0, steps, step, (params, optimizer.init(params)))[0]
 
     trained = frozen | {"generator": train(params)}
     made = recipe.sample(trained, jax.random.key(0), batch["caption"], cfg=1.0, top_k=1)
