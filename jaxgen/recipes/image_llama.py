@@ -21,7 +21,11 @@ from jaxgen.tokenizers import FlexibleTokenizer
 __all__ = ["ImageLlamaConfig", "ImageLlamaModelConfig", "LlamaSizesConfig", "RULES", "config_of"]
 
 # Classes are one more than a number that devices divide.
-RULES = ((r"class_embed", P(None, "fsdp")), *language.RULES, (r"(heads_before_\d+|join|caption_fc\d)/kernel", P("fsdp", "tensor")))
+RULES = (
+    (r"class_embed", P(None, "fsdp")),
+    *language.RULES,
+    (r"(heads_before_\d+|join|caption_fc\d)/kernel", P("fsdp", "tensor")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
