@@ -80,6 +80,11 @@ class CaptionLlamaConfig(ImageLlamaConfig):
         """None are read."""
         return 0
 
+    @property
+    def rules(self) -> tuple:
+        """See `NextScaleConfig.rules`."""
+        return (*TEXT_RULES, *super().rules)
+
     def build_text(self) -> TextEncoder:
         """From captions to what the generator is told."""
         return TextEncoder(**dataclasses.asdict(self.text) | dict(length=self.data.captions, dtype=jnp.dtype(self.text.dtype)))
@@ -103,14 +108,9 @@ class CaptionLlamaConfig(ImageLlamaConfig):
         return self.build_generator().apply(params["generator"], words, rows, method="drop")
 
     def recipe(self) -> Recipe:
-        """The stages and the sampler."""
-        base = super().recipe()
-        stages = tuple(
-            dataclasses.replace(stage, rules=(*TEXT_RULES, *stage.rules)) if stage.name == "generator" else stage
-            for stage in base.stages
-        )
+        """The stages, the sampler and what reads prompts."""
         prompts = functools.partial(caption_array, length=self.data.captions)
-        return dataclasses.replace(base, stages=stages, sample=functools.partial(_sample, self), prompts=prompts)
+        return dataclasses.replace(super().recipe(), sample=functools.partial(_sample, self), prompts=prompts)
 
 
 def _sample(config: CaptionLlamaConfig, params, key, captions, **settings) -> dict:
