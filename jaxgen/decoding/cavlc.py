@@ -1,14 +1,10 @@
-"""The variable-length codes of H.264's CAVLC as binary trees, and the fewest bits with which a block can be ended."""
+"""The variable-length codes of H.264's CAVLC, and the fewest bits with which a block can be ended."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterable
 
-__all__ = ["INTER_PATTERNS", "NO_CODE", "Forest", "number", "runs_leaves", "signed", "token_leaves", "zeros_leaves", "zeros_rest"]
-
-NO_CODE = -(1 << 20)  # of a tree: a bit that no code goes on with
+__all__ = ["INTER_PATTERNS", "number", "runs_leaves", "signed", "token_leaves", "zeros_leaves", "zeros_rest"]
 
 # ITU-T H.264, table 9-5: codes of (coefficients, ones at their end), (0, 0); (1, 0), (1, 1); (2, 0), ... with up to three ones;
 # for 0 or 1, 2 or 3, and 4 to 7 coefficients expected, and for the constant parts of colours.
@@ -81,38 +77,6 @@ INTER_PATTERNS = (
     *(0, 16, 1, 2, 4, 8, 32, 3, 5, 10, 12, 15, 47, 7, 11, 13, 14, 6, 9, 31, 35, 37, 42, 44),
     *(33, 34, 36, 40, 39, 43, 45, 46, 17, 18, 20, 24, 19, 21, 26, 28, 23, 27, 29, 30, 22, 25, 38, 41),
 )
-
-
-@dataclasses.dataclass(eq=False)
-class Forest:
-    """Binary trees of codes, whose nodes are numbered throughout.
-
-    Attributes:
-      children: of each node: another node's number, -1 - symbol, or `NO_CODE`.
-      rest: of each node, the fewest bits to the end of a code and of what its symbol says is to follow.
-    """
-
-    children: list[list[int]] = dataclasses.field(default_factory=list)
-    rest: list[int] = dataclasses.field(default_factory=list)
-
-    def grow(self, leaves: Iterable[tuple[str, int, int]]) -> int:
-        """The root of a tree of (code, symbol, fewest bits that follow)."""
-        root = self._node()
-        for code, symbol, after in leaves:
-            node = root
-            for i, bit in enumerate(map(int, code)):
-                self.rest[node] = min(self.rest[node], len(code) - i + after)
-                if i == len(code) - 1:
-                    self.children[node][bit] = -1 - symbol
-                elif self.children[node][bit] == NO_CODE:
-                    self.children[node][bit] = self._node()
-                node = self.children[node][bit]
-        return root
-
-    def _node(self) -> int:
-        self.children.append([NO_CODE, NO_CODE])
-        self.rest.append(1 << 20)
-        return len(self.rest) - 1
 
 
 def number(n: int) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxgen.decoding import cavlc
-from jaxgen.decoding.cavlc import NO_CODE
+from jaxgen.decoding.code_trees import NO_CODE, Forest
 from jaxgen.decoding.file_tokens import NEVER, widen
 
 __all__ = ["H264Grammar", "H264State"]
@@ -151,7 +151,7 @@ class H264Grammar:
     @functools.cached_property
     def _forest(self) -> tuple[Int[np.ndarray, "n 2"], Int[np.ndarray, "n"], _Roots]:
         """(Children, fewest bits, roots) of all trees."""
-        forest, most = cavlc.Forest(), max(self._units["size"])
+        forest, most = Forest(), max(self._units["size"])
         skips = self._skips
         token = [[forest.grow(cavlc.token_leaves(kind, n)) for n in MOST[:2]] for kind in range(4)]
         colour_token = forest.grow(cavlc.token_leaves(4, MOST[2]))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxgen.decoding.code_trees import NO_CODE, Forest
 from jaxgen.decoding.file_tokens import NEVER
 
 __all__ = ["JpegGrammar", "JpegState"]
@@ -19,7 +20,6 @@ __all__ = ["JpegGrammar", "JpegState"]
 # marker, nothing more; or the path has left the grammar.
 HEAD, SCAN, STUFFED, MARKER, CODE, END, DEAD = range(7)
 
-NO_CODE = -(1 << 20)  # of a tree: a bit that no code goes on with
 END_OF_BLOCK, SIXTEEN_ZEROS = 0x00, 0xF0
 
 
@@ -232,20 +232,15 @@ def _tree(counts: tuple[int, ...], symbols: bytes) -> list[list[int]]:
     Raises:
       ValueError: more codes than there can be.
     """
-    tree, code, at = [[NO_CODE, NO_CODE]], 0, 0
+    leaves, code, at = [], 0, 0
     for length, count in enumerate(counts, start=1):
         for symbol in symbols[at : at + count]:
             if code >> length:
                 raise ValueError(f"counts={counts}: more codes of {length} bits than there are")
-            node = 0
-            for i in range(length - 1, 0, -1):
-                bit = (code >> i) & 1
-                if tree[node][bit] == NO_CODE:
-                    tree[node][bit] = len(tree)
-                    tree.append([NO_CODE, NO_CODE])
-                node = tree[node][bit]
-            tree[node][code & 1] = -1 - symbol
+            leaves.append((format(code, f"0{length}b"), symbol, 0))
             code += 1
         at += count
         code <<= 1
-    return tree
+    forest = Forest()
+    forest.grow(leaves)
+    return forest.children

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 
 from jaxgen.decoding import cavlc
+from jaxgen.decoding.code_trees import NO_CODE, Forest
 
 MOST = [(0, 16), (1, 16), (2, 16), (3, 16), (0, 15), (4, 4)]
 
@@ -57,7 +58,7 @@ def test_the_cheapest_places(total, most):
 
 def test_a_forest():
     """Nodes of a second tree follow those of the first; the fewest bits count what comes behind a code."""
-    forest = cavlc.Forest()
+    forest = Forest()
     first, second = forest.grow([("1", 5, 9), ("01", 6, 0)]), forest.grow([("0", 7, 3)])
     assert (first, second) == (0, 2)
-    assert forest.children == [[1, -6], [cavlc.NO_CODE, -7], [-8, cavlc.NO_CODE]] and forest.rest == [2, 1, 4]
+    assert forest.children == [[1, -6], [NO_CODE, -7], [-8, NO_CODE]] and forest.rest == [2, 1, 4]
