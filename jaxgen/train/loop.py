@@ -59,8 +59,8 @@ class RunConfig:
         None leaves to the compiler when and in what type it does (see `jaxgen.train.gradients`). Stages with a state that
         changes in training, which has to see whole batches, say that they do not follow.
       stuck_s: seconds after which an update or an evaluation that is not yet done is reported, again and again.
-      profile: updates to record with JAX's profiler, from the tenth after the start on, into `profile/` of the work directory;
-        0 records none. TensorBoard and Perfetto open the trace.
+      profile: updates to record with JAX's profiler, from the tenth after the start on or, of short stages, the last, into
+        `profile/` of the work directory; 0 records none. TensorBoard and Perfetto open the trace.
       tensorboard, wandb: dashboards to write to as well.
     """
 
@@ -202,6 +202,7 @@ class _Training:
             if update is None:
                 update = self._compile(train_state, batch)
                 self.progress = Progress(stage.name, step, stage.steps, run.log_every_s, self.say)
+                self.profile.fit(stage.steps - step)
                 self.meter.reset()
             now(f"waiting for update {step + 1} of {stage.name}")
             self.profile.before_update()

@@ -35,6 +35,12 @@ class Profile:
     def __exit__(self, *error) -> None:
         self._stop()
 
+    def fit(self, updates: int) -> None:
+        """Starts earlier where there will be no more than so many updates. To be called before the first."""
+        count = self._end - self._start
+        self._start = max(0, min(self._start, updates - count))
+        self._end = self._start + count
+
     def before_update(self) -> None:
         """To be called before each update."""
         if self._start == self._updates < self._end:

@@ -13,7 +13,7 @@ from jaxgen.train import Profile, RunConfig, make_mesh, train
 def test_a_training_leaves_a_trace_of_the_updates_asked_for(tmp_path):
     lines = []
     mesh = make_mesh(None, jax.devices()[:1])
-    train(make_recipe(make_stage("first", 14)), tmp_path, mesh=mesh, run=RunConfig(profile=2), log=lines.append)
+    train(make_recipe(make_stage("first", 4)), tmp_path, mesh=mesh, run=RunConfig(profile=2), log=lines.append)
     assert f"a trace of 2 updates is in {tmp_path / 'profile'}" in lines
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
@@ -28,6 +28,19 @@ def test_profile_records_what_there_is(tmp_path, monkeypatch, updates, recorded)
             profile.before_update()
     assert calls == ([] if recorded is None else [str(tmp_path), "stop"])
     assert lines == ([] if recorded is None else [f"a trace of {recorded} updates is in {tmp_path}"])
+
+
+@pytest.mark.parametrize("updates,first,recorded", [(1, 0, 1), (2, 0, 2), (4, 2, 2), (5, 3, 2), (9, 3, 2)])
+def test_short_stages_are_recorded_too(tmp_path, monkeypatch, updates, first, recorded):
+    started, before, lines = [], [], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: started.append(len(before)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    with Profile(tmp_path, 3, 2, lines.append) as profile:
+        profile.fit(updates)
+        for update in range(updates):
+            profile.before_update()
+            before.append(update)
+    assert started == [first] and lines == [f"a trace of {recorded} updates is in {tmp_path}"]
 
 
 def test_no_updates_no_trace(tmp_path, monkeypatch):
