@@ -134,7 +134,8 @@ def start_world(
     """Connects this process with its peers; to be called before anything asks JAX for its devices.
 
     Who takes part is found by `find_world`; on Cloud TPU hosts JAX asks the metadata server. A process alone connects to
-    nobody. When a peer dies later, JAX's runtime ends the others within a minute and names it.
+    nobody. When a peer dies later, JAX's runtime ends the others within a minute and names it. CPU processes keep no compiled
+    programs, whatever cache is asked for.
 
     Args:
       coordinator, num_processes, process_id: as in `find_world`.
@@ -169,6 +170,9 @@ def start_world(
             initialization_timeout=int(wait_s),
             heartbeat_timeout_seconds=_HEARTBEAT_S,
         )
+    if jax.default_backend() == "cpu":
+        # Read back from the cache, programs of several CPU processes wait for each other for ever (seen with jax 0.10).
+        jax.config.update("jax_enable_compilation_cache", False)
     return world
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,9 @@ from kernels_pallas import partitioned
 __all__ = ["evaluate"]
 
 PyTree = Any
+
+# Batches in flight: enough that the devices do not wait for the host, few enough that batches do not fill their memory.
+_IN_FLIGHT = 2
 
 
 def evaluate(
@@ -37,7 +41,15 @@ def evaluate(
       ValueError: there are no examples.
     """
     key, parts = jax.random.key(0), batch_parts(mesh)
-    total, count, shares = {}, 0, batch_share(mesh)[1]
+    total, count, shares = collections.defaultdict(float), 0, batch_share(mesh)[1]
+    in_flight = collections.deque()
+
+    def look(leave: int) -> None:
+        while len(in_flight) > leave:
+            size, metrics = in_flight.popleft()
+            for name, value in jax.device_get(metrics).items():
+                total[name] += size * float(value)
+
     for index, batch in enumerate(stage.eval_data(*batch_share(mesh))):
         if stop():
             return {}
@@ -45,12 +57,13 @@ def evaluate(
         # The last batch may be too small to be split: every device then computes all of it.
         whole = size * shares % parts
         batch = replicate_batch(mesh, batch) if whole else shard_batch(mesh, batch)
-        metrics = _eval_step(stage.eval_loss, mesh, params, state, batch, jax.random.fold_in(key, index), frozen)
-        total = {name: total.get(name, 0.0) + size * value for name, value in metrics.items()}
+        in_flight.append((size, _eval_step(stage.eval_loss, mesh, params, state, batch, jax.random.fold_in(key, index), frozen)))
         count += size
+        look(_IN_FLIGHT)
     if not count:
         raise ValueError(f"stage {stage.name!r}: eval_data has no examples")
-    return {name: float(value) / count for name, value in total.items()}
+    look(0)
+    return {name: value / count for name, value in total.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
