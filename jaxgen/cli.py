@@ -83,7 +83,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_processes", type=int, help="how many take part; clusters say so by themselves")
     parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
     parser.add_argument("--wait_s", type=float, default=300.0, help="seconds to wait for the other processes")
-    parser.add_argument("--compile_cache", metavar="DIR", help="keeps compiled programs for the next run; not of several CPU hosts")
+    parser.add_argument("--compile_cache", metavar="DIR", help="keeps compiled programs, but not of several CPU hosts")
 
 
 def add_shard_flag(parser: argparse.ArgumentParser) -> None:
