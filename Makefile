@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 export JAX_PLATFORMS ?= cpu
 # What is compiled here is kept for all checkouts.
 export JAX_COMPILATION_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME:%=%/.cache),$(CURDIR)/.cache)/jaxgen/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.02
 
 .PHONY: install demo test test-slow test-numeric lint compilers compile-check compile-models clean
 

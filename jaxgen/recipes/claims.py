@@ -153,7 +153,10 @@ def compare_generators(
 
 def _tokenizer_key(config) -> str:
     """What a system's tokenizer is made of and trained on, so that equal ones are trained once."""
-    parts = {name: getattr(config, name) for name in ("data", "tokenizer", "tokenizer_train") if hasattr(config, name)}
+    names = ["data", "tokenizer", "tokenizer_train"]
+    if getattr(getattr(config, "tokenizer_train", None), "aligned", False):
+        names += ["features", "features_train"]
+    parts = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return f"{type(config.build_tokenizer()).__name__} {parts}"
 
 

@@ -177,6 +177,14 @@ def test_the_claim_compares_equals(monkeypatch):
     assert other.build_generator().length == ours.build_generator().length == 16
 
 
+def test_only_tokenizers_of_the_same_encoder_are_shared():
+    """In claims; without an alignment the encoder's configuration means nothing."""
+    aligned = config_lib.override(CONFIG, ["tokenizer_train.align_weight=0.7"])
+    for config, equal in ((CONFIG, True), (aligned, False)):
+        other = config_lib.override(config, ["features.depth=3"])
+        assert (d_ar.claims._tokenizer_key(config) == d_ar.claims._tokenizer_key(other)) is equal
+
+
 @pytest.mark.numeric
 def test_what_is_measured_of_previews(params, monkeypatch):
     """A row a group; the last is the sample itself. Who is sharper is not this test's to say."""
