@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxgen.decoding.bits import last_axes
+
 __all__ = ["NEVER", "FileGrammar", "FileState", "FileTokens", "widen"]
 
 NEVER = 1 << 28  # more bytes than a file can have
@@ -33,6 +35,9 @@ class FileGrammar(Protocol):
 
     def move(self, state: PyTree, byte: Int[Array, "*s"]) -> PyTree:
         """The state after a byte."""
+
+    def moves(self, state: PyTree) -> PyTree:
+        """The states after each of the 256 bytes, in arrays [*s, 256]."""
 
     def least(self, state: PyTree) -> Int[Array, "*s"]:
         """Fewest bytes with which a file can be ended: 0 where it is whole, at least `NEVER` where the path has left the grammar,
@@ -144,12 +149,12 @@ class FileTokens:
 
     def _least_after(self, bytes_: PyTree) -> Int[Array, "*s m"]:
         """`FileGrammar.least` after each byte, then after each of `_levels`: what tokens have in common is read once."""
-        levels, last_axes = self._levels, jax.tree.map(lambda x: -1 - x.ndim, self.grammar.begin(()))
+        levels, axes = self._levels, last_axes(self.grammar.begin(()))
 
         def take(states, places):
-            return jax.tree.map(lambda x, axis: jnp.take(x, places, axis), states, last_axes)
+            return jax.tree.map(lambda x, axis: jnp.take(x, places, axis), states, axes)
 
-        first = self.grammar.move(jax.tree.map(jnp.expand_dims, bytes_, last_axes), jnp.arange(256))
+        first = self.grammar.moves(bytes_)
         found = [self.grammar.least(first)]
         if levels:
             width = max(map(len, levels))

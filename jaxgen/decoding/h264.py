@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxgen.decoding import cavlc
+from jaxgen.decoding.bits import after_all_bits, after_byte, last_axes
 from jaxgen.decoding.code_trees import NO_CODE, Forest
 from jaxgen.decoding.file_tokens import NEVER, widen
 
@@ -214,25 +215,42 @@ class H264Grammar:
         fields = jnp.broadcast_arrays(*state[:-1], byte)
         counts = jnp.broadcast_to(state.counts, (*fields[0].shape, state.counts.shape[-1]))
         s, byte = H264State(*fields[:-1], counts), fields[-1]
-        started, escape, escaped = s.element == START, (s.zeros == 2) & (byte == 3), s.zeros == ESCAPED
-        # Behind two zeros a 3 says that the next six bits are zeros, and the next byte has the two behind them.
-        wrong = jnp.where(started, byte != jnp.asarray(START_CODE)[jnp.minimum(s.node, 2)], False)
+        escape = (s.zeros == 2) & (byte == 3)
+        step = functools.partial(self._step, most=jnp.where(escape, 6, 8))
+        return self._close(s, after_byte(step, s, jnp.where(escape, 0, byte)), byte)
+
+    def moves(self, state: H264State) -> H264State:
+        """See `FileGrammar`."""
+        axes = last_axes(self.begin(()))
+        before = jax.tree.map(jnp.expand_dims, state, axes)
+        six = after_all_bits(self._step, before, axes, count=6)
+        read = after_all_bits(self._step, six, axes, first=6, count=2)
+        # Behind an escape the six bits that are read are zeros.
+        escaped, escape = jax.tree.map(lambda x, axis: jax.lax.slice_in_dim(x, 0, 1, axis=axis), six, axes), before.zeros == 2
+        escape &= jnp.arange(256) == 3
+        read = jax.tree.map(lambda x, y: jnp.where(widen(escape, x), x, y), escaped, read)
+        return self._close(before, read, jnp.arange(256))
+
+    def _step(self, i, s: H264State, bit: Int[Array, "*s"], *, most: int | Int[Array, "*s"] = 8) -> H264State:
+        """The state after bit i of a byte: of the first `most`, but for six that were read with an escape, and of no start code.
+
+        Behind two zeros a 3 says that the next six bits are zeros, and the next byte has the two behind them.
+        """
+        active = (s.element != START) & (i >= jnp.where(s.zeros == ESCAPED, 6, 0)) & (i < most)
+        return jax.tree.map(lambda x, y: jnp.where(widen(active, x), x, y), self._bit(s, bit), s)
+
+    def _close(self, before: H264State, s: H264State, byte: Int[Array, "*s"]) -> H264State:
+        """The state after a byte, from the one before it and the one after its bits."""
+        started, escape, escaped = before.element == START, (s.zeros == 2) & (byte == 3), s.zeros == ESCAPED
+        wrong = jnp.where(started, byte != jnp.asarray(START_CODE)[jnp.minimum(before.node, 2)], False)
         wrong |= ~started & (((s.zeros == 2) & (byte < 3)) | (escaped & (byte > 3)))
-        bits, low, high = jnp.where(escape, 0, byte), jnp.where(escaped, 6, 0), jnp.where(escape, 6, 8)
-
-        def one(i, s):
-            moved = self._bit(s, (bits >> (7 - i)) & 1)
-            active = (i >= low) & (i < high) & ~started
-            return jax.tree.map(lambda x, y: jnp.where(widen(active, x), x, y), moved, s)
-
-        s = jax.lax.fori_loop(0, 8, one, s)
         whole = (s.element == PADDING) & ~escape
         last = s.unit == len(self.headers) - 1
         begins = started & (s.node == 2)
         element = jnp.select([wrong | (s.element == END), whole & last, whole, begins], [DEAD, END, START, HEADER], s.element)
         zeros = jnp.where(escape, ESCAPED, jnp.where(byte == 0, jnp.where(escaped, 1, s.zeros + 1), 0))
         return s._replace(
-            element=jnp.where(state.element == DEAD, DEAD, element),
+            element=jnp.where(before.element == DEAD, DEAD, element),
             unit=s.unit + begins,
             node=jnp.where(started, jnp.where(begins, 0, s.node + 1), jnp.where(whole, 0, s.node)),
             zeros=jnp.where(started | whole, 0, zeros),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxgen.decoding.bits import after_all_bits, after_byte, last_axes
 from jaxgen.decoding.code_trees import NO_CODE, Forest
 from jaxgen.decoding.file_tokens import NEVER
 
@@ -139,6 +140,19 @@ class JpegGrammar:
     def move(self, state: JpegState, byte: Int[Array, "*s"]) -> JpegState:
         """See `FileGrammar`."""
         s = JpegState(*jnp.broadcast_arrays(*state, byte)[:-1])
+        return self._close(s, after_byte(self._step, s, byte), byte)
+
+    def moves(self, state: JpegState) -> JpegState:
+        """See `FileGrammar`."""
+        axes = last_axes(self.begin(()))
+        before = jax.tree.map(jnp.expand_dims, state, axes)
+        read = after_all_bits(self._step, after_all_bits(self._step, before, axes, count=6), axes, first=6, count=2)
+        return self._close(before, read, jnp.arange(256))
+
+    def _close(self, s: JpegState, read: JpegState, byte: Int[Array, "*s"]) -> JpegState:
+        """The state after a byte, from the one before it and the one after its bits, which are of coded blocks or of nothing."""
+        phase = jnp.where(byte == 0xFF, STUFFED, jnp.where(read.full, MARKER, SCAN))
+        read = read._replace(phase=jnp.where(read.phase == DEAD, DEAD, phase))
         head, after = s.head + (s.phase == HEAD), jnp.where(s.full, MARKER, SCAN)
         phase = jnp.select(
             [s.phase == HEAD, s.phase == STUFFED, s.phase == MARKER, s.phase == CODE],
@@ -147,7 +161,7 @@ class JpegGrammar:
         )
         phase = jnp.where(byte == self._due(s), phase, DEAD)
         forced = s._replace(phase=phase, head=head, full=s.full & (s.phase != CODE))
-        return JpegState(*(jnp.where(s.phase == SCAN, x, y) for x, y in zip(self._bytes(s, byte), forced)))
+        return JpegState(*(jnp.where(s.phase == SCAN, x, y) for x, y in zip(read, forced)))
 
     def _due(self, s: JpegState) -> Int[Array, "*s"]:
         """The one byte that may follow, outside of the coded blocks; none behind the file."""
@@ -163,15 +177,8 @@ class JpegGrammar:
         table = jnp.asarray([(kinds.index(pair), *pair) for pair in self.blocks], jnp.int32)[block]
         return table[..., 0], table[..., 1], table[..., 2]
 
-    def _bytes(self, s: JpegState, byte: Int[Array, "*s"]) -> JpegState:
-        """The state after a byte of coded blocks; one that breaks a code is `DEAD`."""
-        # A loop, since eight copies take long to compile.
-        s = jax.lax.fori_loop(0, 8, lambda i, s: self._bit(s, (byte >> (7 - i)) & 1), s)
-        phase = jnp.where(byte == 0xFF, STUFFED, jnp.where(s.full, MARKER, SCAN))
-        return s._replace(phase=jnp.where(s.phase == DEAD, DEAD, phase))
-
-    def _bit(self, s: JpegState, bit: Int[Array, "*s"]) -> JpegState:
-        """The state after a bit, which is of a value, of a code, or behind all of them."""
+    def _step(self, i, s: JpegState, bit: Int[Array, "*s"]) -> JpegState:
+        """The state after a bit, which is of a value, of a code, or behind all of them; one that breaks a code is `DEAD`."""
         _, dc, ac = self._kind(s.block)
         first = s.coefficient == 0
         child = jnp.asarray(self._trees)[jnp.where(first, dc, ac), s.node, bit]

@@ -33,6 +33,9 @@ class Brackets:
         dead = dead | (now < 0) | (now > 3) | ((byte != OPENS) & (byte != CLOSES))
         return jnp.stack(jnp.broadcast_arrays(now, read), -1), dead
 
+    def moves(self, state):
+        return self.move((state[0][..., None, :], state[1][..., None]), jnp.arange(256))
+
     def least(self, state):
         open_ = state[0][..., 0]
         return jnp.where(state[1], NEVER, jnp.where(open_ < 0, 2, open_))
