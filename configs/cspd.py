@@ -1,7 +1,7 @@
 """S028 CSpD: continuous speculative decoding of masked autoregressive models (Wang et al. 2024, arXiv 2411.11925).
 
     python scripts/train.py --config configs/cspd.py --variant small --workdir runs/cspd
-    python scripts/sample.py --workdir runs/cspd --labels 0,1,2 --num 8 --cfg 0 --top_p 0 --out grid.png
+    python scripts/sample.py --workdir runs/cspd --labels 0,1,2 --num 8 --cfg 0 --out grid.png
 
 A target and a smaller draft are trained on the same continuous tokens, each with a diffusion head (MAR, Li et al. 2024,
 arXiv 2406.11838); sampling verifies the draft's steps by the density of the paths that its head took.

@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg", type=float, default=1.5, help="guidance at the last scale")
     parser.add_argument("--top_k", type=int, default=0, help="0 is off, 1 is greedy")
-    parser.add_argument("--top_p", type=float, default=0.96, help="0 is off")
+    parser.add_argument("--top_p", type=float, help="0 is off; the recipe's own if left out")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--step", help="a checkpoint's step, or best; the latest if left out")
@@ -68,6 +68,8 @@ def main():
     step = int(args.step) if args.step and args.step.isdigit() else args.step
     mesh = cli.open_devices(args, every_device=False)
     recipe, params = cli.open_workdir(args.workdir, step=step, mesh=mesh)
+    if args.top_p is None:
+        args.top_p = recipe.top_p
     text = recipe.modality == "text"
     if (text or recipe.prompts is not None) != (args.prompt is not None):
         of = f"makes {recipe.modality}{' of captions' if recipe.prompts else '' if text else ' of classes'}"

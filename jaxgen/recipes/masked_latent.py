@@ -203,7 +203,7 @@ class LatentConfig:
         if self.classifier.steps:
             fields = dataclasses.asdict(self.classifier)
             stages.append(classifier_stage(self.data, num_classes=self.num_classes, **fields))
-        return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, self.build_sampler()))
+        return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, self.build_sampler()), top_p=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,6 +131,14 @@ def test_sampling_refuses_truncation(learnt):
     for option, value in (("top_k", 5), ("top_p", 0.9)):
         with pytest.raises(ValueError, match=f"{option}={value}: continuous tokens"):
             recipe.sample(params, jax.random.key(2), np.arange(2), **{option: value})
+    images = recipe.sample(params, jax.random.key(2), np.arange(2), top_p=recipe.top_p)["images"]
+    assert np.isfinite(images).all()
+
+
+@pytest.mark.parametrize("name", ["cspd", "ecar", "flowar", "himar", "xar", "var", "nar", "jpeg_lm"])
+def test_scripts_truncate_discrete_tokens_alone(name):
+    recipe = cli.load_config_file(str(Path(__file__).parents[2] / "configs" / f"{name}.py")).get_config("smoke")
+    assert recipe.top_p == (0.96 if hasattr(recipe.config.build_tokenizer(), "vocab") else 0)
 
 
 @pytest.mark.slow
