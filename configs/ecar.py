@@ -1,7 +1,7 @@
 """S093 E-CAR: stages of growing resolution, each only partly denoised by a flow (Yuan et al. 2024, arXiv 2412.14170).
 
     python scripts/train.py --config configs/ecar.py --variant small --workdir runs/ecar
-    python scripts/sample.py --workdir runs/ecar --labels 0,1,2 --num 8 --cfg 0 --out grid.png
+    python scripts/sample.py --workdir runs/ecar --labels 0,1,2 --num 8 --out grid.png
 
 A transformer makes the features of one token map a stage, and a flow denoises that map to the level at which the next, larger one
 takes over; noise and resolution change together.

@@ -1,7 +1,7 @@
 """S010 FlowAR: scales that double on any autoencoder, each drawn by a flow (Ren et al. 2024, arXiv 2412.15205).
 
     python scripts/train.py --config configs/flowar.py --variant small --workdir runs/flowar
-    python scripts/sample.py --workdir runs/flowar --labels 0,1,2 --num 8 --cfg 0 --out grid.png
+    python scripts/sample.py --workdir runs/flowar --labels 0,1,2 --num 8 --out grid.png
 
 Variants: `smoke`; `small` for scikit-learn's 8x8 digits on patches of 2x2 pixels, scales (1, 2, 4), and `small_kl` for the same
 on the features of a small autoencoder; `paper`, `large` and `huge` are FlowAR-S, -L and -H for ImageNet at 256 pixels on KL-16.

@@ -1,7 +1,7 @@
 """S014 Hi-MAR: masked autoregression with low-resolution token pivots (Zheng et al. 2025, arXiv 2505.20288).
 
     python scripts/train.py --config configs/himar.py --variant small --workdir runs/himar
-    python scripts/sample.py --workdir runs/himar --labels 0,1,2 --num 8 --cfg 0 --out grid.png
+    python scripts/sample.py --workdir runs/himar --labels 0,1,2 --num 8 --out grid.png
 
 The tokens of a small copy of the image, the pivots, are drawn first, then the dense tokens given the pivots' features, by a head
 that is a diffusion transformer over the whole grid.
