@@ -1,7 +1,7 @@
 """S048 xAR: next-X prediction with flows and noisy contexts (Ren et al. 2025, arXiv 2502.20388).
 
     python scripts/train.py --config configs/xar.py --variant small --workdir runs/xar
-    python scripts/sample.py --workdir runs/xar --labels 0,1,2 --num 8 --cfg 0 --out grid.png
+    python scripts/sample.py --workdir runs/xar --labels 0,1,2 --num 8 --out grid.png
 
 X, what one step makes, is `model.unit`: token, cell, subsample, scale or image, the first three of `model.unit_size`.
 `model.context=clean` is teacher forcing in place of noisy contexts.
