@@ -7,8 +7,8 @@ X, what one step makes, is `model.unit`: token, cell, subsample, scale or image,
 `model.context=clean` is teacher forcing in place of noisy contexts.
 
 Variants: `smoke`; `small` for scikit-learn's 8x8 digits, four cells of 2x2 tokens, each of 2x2 pixels, 500 updates as in the
-claim (on MNIST at 8 pixels 0.48 of guided samples are named as asked; with `model_train.steps=4000`, minutes, 0.96); `paper`, `large` and
-`huge` are xAR-B, -L and -H for ImageNet at 256 pixels, four cells of 8x8 tokens of the KL-16 autoencoder.
+claim (on MNIST at 8 pixels 0.48 of guided samples are named as asked; with `model_train.steps=4000`, minutes, 0.96);
+`paper`, `large` and `huge` are xAR-B, -L and -H for ImageNet at 256 pixels, four cells of 8x8 tokens of the KL-16 autoencoder.
 """
 
 from __future__ import annotations
