@@ -1,7 +1,7 @@
 """S140 SemAIM: semantic-aware autoregressive image modelling (Song et al. 2024, arXiv 2312.10457).
 
     python scripts/train.py --config configs/semaim.py --variant small --workdir runs/semaim
-    python scripts/sample.py --workdir runs/semaim --labels 0,1,2 --num 8 --cfg 0 --top_p 0 --option known=0.25 --out made.png
+    python scripts/sample.py --workdir runs/semaim --labels 0,1,2 --num 8 --option known=0.25 --out made.png
 
 An encoder that learns without labels, by predicting the patches of images outwards from the one that is most like the whole.
 `sample.py` completes held-out images of which it is given the first patches.

@@ -36,6 +36,7 @@ from jaxgen.train.mesh import path_name
 
 __all__ = [
     "add_device_flags",
+    "add_sampling_flags",
     "add_shard_flag",
     "check_stages",
     "comma_separated",
@@ -44,6 +45,7 @@ __all__ = [
     "open_workdir",
     "output_file",
     "run",
+    "sampling_settings",
     "with_shards",
 ]
 
@@ -84,6 +86,20 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
     parser.add_argument("--wait_s", type=float, default=300.0, help="seconds to wait for the other processes")
     parser.add_argument("--compile_cache", metavar="DIR", help="keeps compiled programs, but not of several CPU hosts")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for how tokens are drawn, read by `sampling_settings`."""
+    parser.add_argument("--cfg", type=float, help="guidance, at the last step; 0 is off; the recipe's own if left out")
+    parser.add_argument("--top_k", type=int, default=0, help="0 is off, 1 is greedy")
+    parser.add_argument("--top_p", type=float, help="0 is off; the recipe's own if left out")
+    parser.add_argument("--temperature", type=float, default=1.0)
+
+
+def sampling_settings(args: argparse.Namespace, recipe: Recipe) -> dict[str, float]:
+    """What `add_sampling_flags` were given, by name; what was left out is as the recipe has it."""
+    given = {name: getattr(args, name) for name in ("cfg", "top_k", "top_p", "temperature")}
+    return {name: getattr(recipe, name) if value is None else value for name, value in given.items()}
 
 
 def add_shard_flag(parser: argparse.ArgumentParser) -> None:

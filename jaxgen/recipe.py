@@ -78,7 +78,8 @@ class Recipe:
       modality: "image", "video" or "text".
       prompts: `(texts) -> array [b, ...]`, of systems that make images of captions: what `sample` takes in place of labels.
         Raises ValueError naming a text that it cannot read.
-      top_p: of samples where nobody says another; 0, off, of continuous tokens, which cannot be truncated.
+      cfg, top_p: of samples where nobody says others; 0, off, where a sampler does not take them: continuous tokens cannot be
+        truncated.
       write: `(folder, tokens) -> paths`, of systems whose samples are files: writes each row of the sampler's output "tokens".
     """
 
@@ -86,6 +87,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     sample: Callable[..., dict]
     modality: str = "image"
+    cfg: float = 1.5
     top_p: float = 0.96
     prompts: Callable[[Sequence[str]], Any] | None = None
     write: Callable[[str, Any], list] | None = None

@@ -24,10 +24,7 @@ def main():
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--num", type=int, default=1000, help="samples, spread over the classes, or one a held-out caption")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cfg", type=float, default=1.5)
-    parser.add_argument("--top_k", type=int, default=0)
-    parser.add_argument("--top_p", type=float, help="0 is off; the recipe's own if left out")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    cli.add_sampling_flags(parser)
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--step", help="a checkpoint's step, or best; the latest if left out")
     parser.add_argument("--set", nargs="*", default=[], action="extend", metavar="KEY=VALUE", help="such as data.path=...")
@@ -44,8 +41,7 @@ def main():
     if recipe.modality != "image":
         raise ValueError(f"--workdir {args.workdir}: makes {recipe.modality}, and this measures images")
     recipe.config.resolve()  # says if these data do not fit
-    top_p = recipe.top_p if args.top_p is None else args.top_p
-    settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=top_p, temperature=args.temperature)
+    settings = cli.sampling_settings(args, recipe)
     if args.reference and not args.inception:
         raise ValueError(f"--reference {args.reference}: statistics are of InceptionV3's features; --inception is missing")
     if args.inception and recipe.prompts:

@@ -33,10 +33,7 @@ def main():
     parser.add_argument("--length", type=int, default=200, help="bytes of prompt and continuation (text)")
     parser.add_argument("--num", type=int, default=8, help="samples a label or prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cfg", type=float, default=1.5, help="guidance at the last scale")
-    parser.add_argument("--top_k", type=int, default=0, help="0 is off, 1 is greedy")
-    parser.add_argument("--top_p", type=float, help="0 is off; the recipe's own if left out")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    cli.add_sampling_flags(parser)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--step", help="a checkpoint's step, or best; the latest if left out")
     parser.add_argument("--scale", type=int, default=1, help="enlarges the picture")
@@ -68,8 +65,6 @@ def main():
     step = int(args.step) if args.step and args.step.isdigit() else args.step
     mesh = cli.open_devices(args, every_device=False)
     recipe, params = cli.open_workdir(args.workdir, step=step, mesh=mesh)
-    if args.top_p is None:
-        args.top_p = recipe.top_p
     text = recipe.modality == "text"
     if (text or recipe.prompts is not None) != (args.prompt is not None):
         of = f"makes {recipe.modality}{' of captions' if recipe.prompts else '' if text else ' of classes'}"
@@ -112,7 +107,7 @@ def sample_images(args, recipe, params, mesh):
     """A row of pictures a label or caption; of clips a row of frames each, or rows that move."""
     asked = cli.comma_separated(args.labels, "--labels") if recipe.prompts is None else recipe.prompts(args.prompt)
     labels = np.repeat(asked, args.num, axis=0)
-    settings = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature) | options(args.option)
+    settings = cli.sampling_settings(args, recipe) | options(args.option)
     batch = min(args.batch_size, len(labels))
     if args.image:
         box = cli.comma_separated(args.box or "0.25,0.25,0.75,0.75", "--box", float)
@@ -154,7 +149,9 @@ def save_picture(path, args, images):
 def sample_text(args, recipe, params, mesh):
     """All continuations of all prompts, with a line between."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
-    settings = dict(length=args.length, top_k=args.top_k, top_p=args.top_p, temperature=args.temperature) | options(args.option)
+    settings = cli.sampling_settings(args, recipe)
+    del settings["cfg"]
+    settings |= {"length": args.length, **options(args.option)}
     out = to_host(sample_batch(recipe, params, jax.random.key(args.seed), prompts, mesh=mesh, **settings))
     if jax.process_index():
         return

@@ -1,3 +1,4 @@
+import argparse
 import os
 import signal
 import subprocess
@@ -70,6 +71,18 @@ def test_comma_separated():
     for text, message in (("1,b", "--labels 1,b: 'b' is not int"), ("1.5", "'1.5' is not int"), (",", "--labels ',': empty")):
         with pytest.raises(ValueError, match=message):
             cli.comma_separated(text, "--labels")
+
+
+def test_sampling_flags_that_are_left_out_are_the_recipes():
+    parser = argparse.ArgumentParser()
+    cli.add_sampling_flags(parser)
+    others = ["--cfg", "0", "--top_k", "3", "--top_p", "0.5", "--temperature", "2"]
+    asked = {"cfg": 0.0, "top_k": 3, "top_p": 0.5, "temperature": 2.0}
+    for name, own in (("var", (1.5, 0.96)), ("flowar", (1.5, 0.0)), ("semaim", (0.0, 0.0))):
+        recipe = cli.load_config_file(str(Path(CONFIG).with_name(f"{name}.py"))).get_config("smoke")
+        plain = {"cfg": own[0], "top_k": 0, "top_p": own[1], "temperature": 1.0}
+        assert cli.sampling_settings(parser.parse_args([]), recipe) == plain
+        assert cli.sampling_settings(parser.parse_args(others), recipe) == asked
 
 
 def test_a_configuration_file(tmp_path):

@@ -144,7 +144,7 @@ class SemanticPatchConfig:
         stages = [pretraining_stage(self)]
         if self.model_train.target == "features":
             stages.insert(0, feature_stage(self.features, self.features_train, self.data))
-        return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, self))
+        return Recipe(config=self, stages=tuple(stages), sample=functools.partial(_sample, self), cfg=0.0, top_p=0.0)
 
     def encode(self, params: dict[str, Any], images: Float[Array, "b H W C"]) -> Float[Array, "b 1+n d"]:
         """What was learnt: the model's features of images in [-1, 1], the whole first.
