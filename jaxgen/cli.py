@@ -32,6 +32,7 @@ from jaxgen.train import (
     shardings,
     start_world,
 )
+from jaxgen.train.distributed import lost_process
 from jaxgen.train.mesh import path_name
 
 __all__ = [
@@ -65,10 +66,11 @@ def run(main: Callable[[], int | None]) -> None:
         code = stop.exit_code
     except KeyboardInterrupt:
         code = 130
-    except (ValueError, OSError, NonFiniteError) as error:
-        if os.environ.get("JAXGEN_TRACEBACK"):
+    except (ValueError, OSError, NonFiniteError, jax.errors.JaxRuntimeError) as error:
+        mishap = isinstance(error, jax.errors.JaxRuntimeError)
+        if os.environ.get("JAXGEN_TRACEBACK") or (mishap and not lost_process(error)):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join((lost_process(error) if mishap else str(error)).split())}", file=sys.stderr)
         code = 2
     if code and jax.distributed.is_initialized() and jax.process_count() > 1:
         # An orderly exit would wait for the other processes, which wait for this one; they are told by JAX's runtime.

@@ -21,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from jaxgen import storage
 from jaxgen.train import reading
+from jaxgen.train.distributed import lost_process
 from jaxgen.train.step import TrainState
 
 __all__ = ["Checkpoints", "load_params", "save_params"]
@@ -121,7 +122,8 @@ class Checkpoints:
                         storage.remove_tree(path)
             latest = self.latest()
             rest = "there is no earlier one" if latest is None else f"the one of step {latest} is intact"
-            raise ValueError(f"cannot save a checkpoint in {self.directory} ({rest}): {reading.reason(error)}") from error
+            said = lost_process(error) or reading.reason(error)
+            raise ValueError(f"cannot save a checkpoint in {self.directory} ({rest}): {said}") from error
 
     def restore(self, abstract: TrainState, data: Any, step: int | None = None) -> TrainState:
         """The training state saved at `step` (the latest by default), placed as `abstract` says; moves `data` to its place.

@@ -19,12 +19,15 @@ import jax
 from jaxgen.train.meeting import meet
 from jaxgen.train.waiting import saying
 
-__all__ = ["PORT", "World", "find_world", "start_world"]
+__all__ = ["PORT", "World", "find_world", "lost_process", "start_world"]
 
 PORT = 8476  # where process 0 is met when a cluster names only hosts
 
 # A process that sends no sign of life for so long is taken for dead, and the others end.
 _HEARTBEAT_S = 30
+
+# What collectives say that wait for a process which is gone: Gloo's, NCCL's, and JAX's runtime.
+_LOST = re.compile("closed by peer|reset by peer|remote process exited|task died|heartbeat timeout", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,3 +183,8 @@ def _cloud_tpu() -> bool:
     """Whether this host has TPU chips and the library that drives them."""
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def lost_process(error: BaseException) -> str:
+    """What there is to say where a computation or a save failed since another process of the run is gone; else nothing."""
+    return f"another process of this run has ended: {error}" if _LOST.search(str(error)) else ""
