@@ -67,10 +67,10 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError, NonFiniteError, jax.errors.JaxRuntimeError) as error:
-        mishap = isinstance(error, jax.errors.JaxRuntimeError)
-        if os.environ.get("JAXGEN_TRACEBACK") or (mishap and not lost_process(error)):
+        said = lost_process(error) if isinstance(error, jax.errors.JaxRuntimeError) else str(error)
+        if os.environ.get("JAXGEN_TRACEBACK") or said is None:
             raise
-        print(f"error: {' '.join((lost_process(error) if mishap else str(error)).split())}", file=sys.stderr)
+        print(f"error: {' '.join(said.split())}", file=sys.stderr)
         code = 2
     if code and jax.distributed.is_initialized() and jax.process_count() > 1:
         # An orderly exit would wait for the other processes, which wait for this one; they are told by JAX's runtime.

@@ -36,19 +36,18 @@ def after_byte(step: Step, state: PyTree, byte: Int[Array, "*s"]) -> PyTree:
 
 
 def after_all_bits(step: Step, state: PyTree, axes: PyTree, *, first: int = 0, count: int) -> PyTree:
-    """The states after each of the 2**count values that some bits can have, [*s, 2**count * n], those of the first state first.
+    """The states after each value that some more bits can have, [*s, 2**(first + count)], in the order of the bytes.
 
     All 256 bytes at once take eight bits of 256 states. Six bits of 64 and then two of 256 are less than half as much work, for
     another copy of the automaton to be compiled.
 
     Args:
       step: as in `after_byte`.
-      state: arrays [*s, n], and more dimensions behind them.
+      state: after each value of the bits before, arrays [*s, 2**first], and more dimensions behind them.
       axes: of `last_axes`.
-      first: the first bit.
-      count: bits.
+      first: bits that are read already.
+      count: bits to read.
     """
-    n = jax.tree.leaves(jax.tree.map(lambda x, axis: x.shape[axis], state, axes))[0]
-    ways = jnp.tile(jnp.arange(1 << count), n)
+    ways = jnp.tile(jnp.arange(1 << count), 1 << first)
     state = jax.tree.map(lambda x, axis: jnp.repeat(x, 1 << count, axis), state, axes)
     return jax.lax.fori_loop(0, count, lambda i, s: step(first + i, s, (ways >> (count - 1 - i)) & 1), state)

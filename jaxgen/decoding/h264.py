@@ -226,8 +226,8 @@ class H264Grammar:
         six = after_all_bits(self._step, before, axes, count=6)
         read = after_all_bits(self._step, six, axes, first=6, count=2)
         # Behind an escape the six bits that are read are zeros.
-        escaped, escape = jax.tree.map(lambda x, axis: jax.lax.slice_in_dim(x, 0, 1, axis=axis), six, axes), before.zeros == 2
-        escape &= jnp.arange(256) == 3
+        escaped = jax.tree.map(lambda x, axis: jax.lax.slice_in_dim(x, 0, 1, axis=axis), six, axes)
+        escape = (before.zeros == 2) & (jnp.arange(256) == 3)
         read = jax.tree.map(lambda x, y: jnp.where(widen(escape, x), x, y), escaped, read)
         return self._close(before, read, jnp.arange(256))
 

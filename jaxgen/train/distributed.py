@@ -26,8 +26,9 @@ PORT = 8476  # where process 0 is met when a cluster names only hosts
 # A process that sends no sign of life for so long is taken for dead, and the others end.
 _HEARTBEAT_S = 30
 
-# What collectives say that wait for a process which is gone: Gloo's, NCCL's, and JAX's runtime.
-_LOST = re.compile("closed by peer|reset by peer|remote process exited|task died|heartbeat timeout", re.IGNORECASE)
+# What collectives say that wait for a process which is gone: Gloo's, NCCL's, and JAX's runtime. A bucket's connection that is
+# reset by its peer is none of them.
+_LOST = re.compile("gloo.*(closed|reset) by peer|nccl.*remote process exited|task died|heartbeat timeout", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,6 @@ def _cloud_tpu() -> bool:
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def lost_process(error: BaseException) -> str:
-    """What there is to say where a computation or a save failed since another process of the run is gone; else nothing."""
-    return f"another process of this run has ended: {error}" if _LOST.search(str(error)) else ""
+def lost_process(error: BaseException) -> str | None:
+    """What there is to say where a computation or a save failed since another process of the run is gone; else None."""
+    return f"another process of this run has ended: {error}" if _LOST.search(str(error)) else None

@@ -91,6 +91,7 @@ def test_what_is_missing_or_wrong_is_named(environ, given, words):
         ("UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:58756", True),
         ("NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error", True),
         ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.", False),
+        ("UNAVAILABLE: bucket: recv: Connection reset by peer", False),
     ],
 )
 def test_a_process_that_is_gone_is_told_from_other_failures(text, lost, monkeypatch, capsys):
