@@ -169,12 +169,16 @@ def test_the_claim_compares_equals(monkeypatch):
     seen = {}
     monkeypatch.setattr(d_ar.claims, "compare_generators", lambda systems, **options: seen.update(systems) or options)
     (first, _), _ = d_ar.claim("smoke", seeds=2)
-    ours, other = seen.values()
+    ours, aligned, other = seen.values()
     assert first == ours == CONFIG
+    assert aligned == config_lib.override(CONFIG, ["tokenizer_train.align_weight=0.5"])
     for part in ("data", "model", "model_train", "classifier"):
         assert getattr(ours, part) == getattr(other, part)
     assert other.tokenizer_train.steps == ours.tokenizer_train.steps and other.tokenizer.vocab == ours.tokenizer.vocab
     assert other.build_generator().length == ours.build_generator().length == 16
+    d_ar.claim("smoke", edits=["tokenizer_train.align_weight=0.7"])
+    weights = [config.tokenizer_train.align_weight for config in list(seen.values())[:2]]
+    assert weights == [0.0, 0.7]
 
 
 def test_only_tokenizers_of_the_same_encoder_are_shared():
@@ -238,9 +242,9 @@ def test_what_does_not_fit_the_data():
         d_ar.claim("smoke", seeds=0)
 
 
-# Trains, compiles and samples every stage of two systems.
+# Trains, compiles and samples every stage of three systems.
 @pytest.mark.slow
 def test_the_claim_trains_samples_and_measures():
     previews, comparison = d_ar.claim("smoke", seeds=1, log=lambda line: None)
     assert [row["tokens"] for row in previews.rows] == [4, 8, 12, 16]
-    assert [row["model calls"] for row in comparison.rows] == [16, 16]
+    assert [row["model calls"] for row in comparison.rows] == [16, 16, 16]
