@@ -41,6 +41,7 @@ __all__ = [
     "test_nats",
     "train_all",
     "trained",
+    "trained_once",
     "update_costs",
 ]
 
@@ -120,7 +121,7 @@ def compare_generators(
             if name in (same_weights or {}):
                 recipe, params = _seeded(config, seed).recipe(), weights[same_weights[name], seed]
             else:
-                recipe, params = _trained_once(config, seed, tokenizers.get(shared, {}) | judge, log)
+                recipe, params = trained_once(config, seed, tokenizers.get(shared, {}) | judge, log)
             weights[name, seed] = params
             tokenizers[shared] = {stage: params[stage] for stage in ("tokenizer",) if stage in params}
             judge = {"classifier": params["classifier"]}
@@ -263,7 +264,7 @@ def _seeded(config: Any, seed: int) -> Any:
     return config_lib.override(config, [f"run.seed={seed}"])
 
 
-def _trained_once(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict]:
+def trained_once(config: Any, seed: int, given: Mapping[str, dict], log) -> tuple[Recipe, dict]:
     """`train_all` without metrics; inside `reuse` a system is trained once with the same configuration and given stages."""
     if _kept.get() is None:
         return train_all(config, seed, given, log)[:2]

@@ -65,7 +65,7 @@ def compare_lists(
         log(f"lists of scales: seed {seed}")
         params, recipe = trained, config.recipe()
         if seed < seeds - 1:
-            recipe, params, _ = claims.train_all(config, seed, shared, log)
+            recipe, params = claims.trained_once(config, seed, shared, log)
         for name, patch_nums in lists.items():
             scores[name].append(_scores(recipe, params, patch_nums, samples, seed))
     rows = [_row(recipe, name, lists[name], scores[name]) for name in lists]
