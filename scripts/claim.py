@@ -31,7 +31,7 @@ def main():
     heading = module.__doc__.strip().splitlines()[0].rstrip(".")
     with reuse(args.reuse):
         claims = module.claim(args.budget, seeds=args.seeds, edits=args.set)
-    setting = f"{datetime.date.today()}, {machine()}, budget {args.budget} {' '.join(args.set)}".strip()
+    setting = ", ".join([f"{datetime.date.today()}", machine(), f"budget {args.budget}", *args.set])
     lines = [f"\n## {heading}\n", f"{setting}\n"]
     for claim in claims:
         print(f"\n{claim.title}\n{text_table(claim.rows)}\n{claim.notes}")

@@ -48,7 +48,7 @@ def test_a_claim_is_printed_and_appended(toy, succeeds, refused, tmp_path):
     assert "## S900 Toy: counts to three (Nobody 1900)\n" in text
     assert "| system | loss | edits | seeds |\n| --- | --- | --- | --- |\n| toy | 0.1235 | a.b=1 c=2 |  |\n" in text
     setting = next(line for line in text.splitlines() if "budget some" in line)
-    assert re.match(r"\d{4}-\d\d-\d\d, ", setting) and setting.endswith("budget some a.b=1 c=2")
+    assert re.match(r"\d{4}-\d\d-\d\d, ", setting) and setting.endswith("budget some, a.b=1, c=2")
     assert f"jax {importlib.metadata.version('jax')}" in setting and " cores)" in setting
     succeeds(*args)
     assert results.read_text().startswith(text) and results.read_text().count("## S900 Toy") == 2
