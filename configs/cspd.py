@@ -86,9 +86,7 @@ def small() -> MaskedLatentConfig:
 
 def paper() -> MaskedLatentConfig:
     """MAR-H and MAR-B as released, 256 steps of generation and 100 of the chain."""
-    target = LatentModelConfig(
-        width=1280, depth=20, heads=16, head_width=1536, head_depth=12, scan_layers=True, dtype="bfloat16"
-    )
+    target = LatentModelConfig(width=1280, depth=20, heads=16, head_width=1536, head_depth=12, scan_layers=True, dtype="bfloat16")
     draft = LatentModelConfig(width=768, depth=12, heads=12, head_width=1024, head_depth=6, scan_layers=True, dtype="bfloat16")
     # 800 epochs of 1,281,167 images in batches of 2048, the first 100 with a growing learning rate; 1e-4 for 256 images.
     epoch = 1_281_167 // 2048

@@ -117,9 +117,7 @@ def _paper() -> CaptionLlamaConfig:
         tokenizer_train=TokenizerTrainConfig(
             steps=images // 128, batch_size=128, l1_weight=0.0, adversarial_start=20_000, optim=optim
         ),
-        model=LlamaSizesConfig(
-            width=1280, depth=36, heads=20, hidden=3584, scan_layers=True, remat=True, dtype="bfloat16"
-        ),
+        model=LlamaSizesConfig(width=1280, depth=36, heads=20, hidden=3584, scan_layers=True, remat=True, dtype="bfloat16"),
         text=TextEncoderConfig(features=2048, width=1024, depth=8, heads=16, stride=4, dtype="bfloat16"),
         model_train=ModelTrainConfig(steps=4 * images // 256, batch_size=256, optim=optim),
         run=RunConfig(save_every=5000, eval_every=5000),

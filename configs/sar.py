@@ -79,8 +79,6 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
     for title, name in (("VAR", variant), ("FlexVAR", f"flex_{variant}")):
         config = config_lib.override(build(name), edits).resolve()
         tables.append(
-            student_forcing_claims.compare_refinements(
-                config, title=f"{title}, refined", seeds=seeds, samples=samples, log=log
-            )
+            student_forcing_claims.compare_refinements(config, title=f"{title}, refined", seeds=seeds, samples=samples, log=log)
         )
     return tables

@@ -123,7 +123,7 @@ def _size(tree) -> int:
 
 @functools.cache
 def attention_mask(kind: str, length: int) -> BlockMask:
-    """"var" (block-causal over scales), "hmar" (block-diagonal), or "diffusion" ([noisy, clean] in blocks of 16)."""
+    """ "var" (block-causal over scales), "hmar" (block-diagonal), or "diffusion" ([noisy, clean] in blocks of 16)."""
     if kind == "diffusion":
         return masks.block_diffusion(Order(((16,),) * (length // 32)))
     order = scales(PATCH_NUMS[length])

@@ -212,9 +212,7 @@ class Regrouped(NamedTuple):
     inverse: np.ndarray
 
 
-def dilated(
-    order: Order, window: int, dilation: int, *, causal: bool = True, block: tuple[int, int] = _BLOCK
-) -> Regrouped:
+def dilated(order: Order, window: int, dilation: int, *, causal: bool = True, block: tuple[int, int] = _BLOCK) -> Regrouped:
     """Each position sees every `dilation`-th step, `window` of them, its own included (Beltagy et al. 2020, fig. 2c).
 
     Steps of one residue modulo `dilation` see one another and nobody else, so positions are regrouped by residue: the mask is

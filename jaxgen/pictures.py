@@ -44,9 +44,7 @@ def _assemble(cells: np.ndarray, columns: int, pad: int) -> np.ndarray:
     return out
 
 
-def grid(
-    images: Float[np.ndarray, "n H W C"], columns: int, scale: int = 1, pad: int = 2
-) -> UInt8[np.ndarray, "h w C"]:
+def grid(images: Float[np.ndarray, "n H W C"], columns: int, scale: int = 1, pad: int = 2) -> UInt8[np.ndarray, "h w C"]:
     """One picture of all images, row by row.
 
     Args:

@@ -130,10 +130,7 @@ def plan_updates(
         compiled = program.update.lower(*program.inputs).compile()
         memory = compiled.memory_analysis()
         total = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
+            memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
         )
         traffic = collectives(compiled.as_text())
         flops = count_flops(program.update, *program.inputs) / placed.size

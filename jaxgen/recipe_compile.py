@@ -37,9 +37,7 @@ class UpdateProgram(NamedTuple):
         return self.inputs[0].weights
 
 
-def update_program(
-    stage: Stage, mesh: Mesh, known: Mapping[str, PyTree], *, reduce_dtype: str | None = None
-) -> UpdateProgram:
+def update_program(stage: Stage, mesh: Mesh, known: Mapping[str, PyTree], *, reduce_dtype: str | None = None) -> UpdateProgram:
     """The update of a stage with its own batches; one device's share of a batch is read, for its shapes.
 
     Args:

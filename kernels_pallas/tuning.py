@@ -86,9 +86,7 @@ def write(entries: list[Entry], path: Path | str = TABLE) -> None:
 @functools.lru_cache(maxsize=8)
 def _table(path: str, modified: float) -> dict[tuple, dict]:
     # JSON has no tuples, and block dataclasses are hashable.
-    return {
-        entry.key: {name: tuple(x) if isinstance(x, list) else x for name, x in entry.choice.items()} for entry in read(path)
-    }
+    return {entry.key: {name: tuple(x) if isinstance(x, list) else x for name, x in entry.choice.items()} for entry in read(path)}
 
 
 def tuned(default: Blocks, op: str, device: Device, *, dtype: str, head_size: int, length: int, density: float = 1.0) -> Blocks:

@@ -121,15 +121,20 @@ def checkpoints(args) -> list[dict]:
 
 def var(args) -> list[dict]:
     """The sampler and the training step of VAR."""
-    config = cli.load_config_file(str(CONFIGS / "var.py")).get_config("d16").override(
-        [
-            f"model.depth={args.depth}",
-            f"model.scan_layers={not args.unrolled}",
-            f"model.dtype={args.dtype}",
-            f"tokenizer.dtype={args.dtype}",
-            *args.set,
-        ]
-    ).config
+    config = (
+        cli.load_config_file(str(CONFIGS / "var.py"))
+        .get_config("d16")
+        .override(
+            [
+                f"model.depth={args.depth}",
+                f"model.scan_layers={not args.unrolled}",
+                f"model.dtype={args.dtype}",
+                f"tokenizer.dtype={args.dtype}",
+                *args.set,
+            ]
+        )
+        .config
+    )
     rows, batches = [], cli.comma_separated(args.batch, "--batch")
     if min(batches) < 1:
         raise ValueError(f"--batch {min(batches)}: expected at least 1")
@@ -179,9 +184,9 @@ def sampling(config, batch: int, args) -> dict:
         place = NamedSharding(mesh, P())
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), inputs)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-        return row | benchmark.compile_report(type(sampler)._sample, sampler, shapes, *inputs, None)[1] | {
-            "device": args.topology
-        }
+        return (
+            row | benchmark.compile_report(type(sampler)._sample, sampler, shapes, *inputs, None)[1] | {"device": args.topology}
+        )
     params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), shapes)
     labels = jnp.arange(batch) % config.model.num_classes
     inputs = (params, jax.random.key(1), labels, settings, None)

@@ -37,9 +37,7 @@ def main():
 
     settings = dict(cfg=1.5, top_k=0, top_p=0.96, temperature=1.0)
     print(f"sampling {args.num} images")
-    measures, images = evaluate_images(
-        recipe, params, jax.random.key(0), num=args.num, batch_size=100, settings=settings
-    )
+    measures, images = evaluate_images(recipe, params, jax.random.key(0), num=args.num, batch_size=100, settings=settings)
     write_pictures(recipe, params, workdir, images)
     measures["seconds"] = {"training": round(trained, 1), "all": round(time.monotonic() - start, 1)}
     write_json(workdir / "metrics.json", measures)

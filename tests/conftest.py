@@ -60,9 +60,7 @@ def tiny():
     tokenizer = MultiScaleTokenizer(
         ch=8, ch_mult=(1, 2), res_blocks=1, attention=False, groups=4, vocab=16, width=6, patch_nums=(1, 2, 3), phis=2
     )
-    generator = NextScaleTransformer(
-        vocab=16, num_classes=3, patch_nums=(1, 2, 3), width=32, heads=2, depth=2, scan_layers=True
-    )
+    generator = NextScaleTransformer(vocab=16, num_classes=3, patch_nums=(1, 2, 3), width=32, heads=2, depth=2, scan_layers=True)
     image = jax.ShapeDtypeStruct((1, 6, 6, 3), np.float32)
     params = {
         "tokenizer": random_params(jax.eval_shape(tokenizer.init, jax.random.key(0), image), seed=1),

@@ -141,9 +141,7 @@ def test_sliding():
     assert drawn(masks.sliding(raster(5), 2, causal=False)) == ["##...", "###..", ".###.", "..###", "...##"]
     order = Order(((1, 2), (1, 1), (2, 1), (1, 1)))  # windows count steps, whatever their size
     np.testing.assert_array_equal(masks.sliding(order, 2).dense(), pairs(order, lambda a, b: 0 <= a[0] - b[0] < 2))
-    np.testing.assert_array_equal(
-        masks.sliding(order, 2, causal=False).dense(), pairs(order, lambda a, b: abs(a[0] - b[0]) < 2)
-    )
+    np.testing.assert_array_equal(masks.sliding(order, 2, causal=False).dense(), pairs(order, lambda a, b: abs(a[0] - b[0]) < 2))
 
 
 @pytest.mark.parametrize("causal", [True, False])

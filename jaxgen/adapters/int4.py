@@ -1,8 +1,8 @@
 """4-bit weights for the dense layers of any Linen model, without a change in its code (S137 MARLIN).
 
-    layers = linear_layers(model, variables, x)
-    packed = quantise(variables, layers, where=lambda path: "blocks" in path)
-    y = apply_int4(model)(packed, x)
+layers = linear_layers(model, variables, x)
+packed = quantise(variables, layers, where=lambda path: "blocks" in path)
+y = apply_int4(model)(packed, x)
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Low-rank adapters for the dense layers of any Linen model, switched on for some positions only (Hu et al. 2022).
 
-    layers = linear_layers(model, variables, x)
-    adapters = init_low_rank(key, layers, rank=8)
-    with low_rank_layers(adapters, gate):
-        y = model.apply(variables, x)
+layers = linear_layers(model, variables, x)
+adapters = init_low_rank(key, layers, rank=8)
+with low_rank_layers(adapters, gate):
+    y = model.apply(variables, x)
 """
 
 from __future__ import annotations

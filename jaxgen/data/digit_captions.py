@@ -122,7 +122,7 @@ class DigitCaptions:
         return self.config.size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """"image" uint8 [H, W, 1], "tokens" int32 [length + 1], and the lengths "prompt" and "length" of question and text."""
+        """ "image" uint8 [H, W, 1], "tokens" int32 [length + 1], and the lengths "prompt" and "length" of question and text."""
         config = self.config
         rng = np.random.default_rng([config.seed, SPLIT_NUMBER[self.split], index])
         chosen = rng.integers(0, len(self._source), rng.integers(1, config.digits + 1))
@@ -163,4 +163,3 @@ def digit_caption_batches(
     ds = ds.map(DigitCaptions(config, split).__getitem__)
     ds = share(ds, batch_size, shard_index, shard_count).batch(batch_size // shard_count, drop_remainder=train)
     return ds.to_iter_dataset(READ)
-

@@ -18,7 +18,6 @@ from jaxgen.data.sources import check_split
 __all__ = ["TextConfig", "decode_bytes", "encode_bytes", "read_text", "text_batches"]
 
 
-
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """Which text, and how it becomes examples.

@@ -87,9 +87,7 @@ def sample_tokens(
     return drawn.tokens[:, : order.length]
 
 
-def begin_tokens(
-    cache: Any, batch: int, *, order: Order, grammar: Automaton | None = None, stop: int | None = None
-) -> Drawn:
+def begin_tokens(cache: Any, batch: int, *, order: Order, grammar: Automaton | None = None, stop: int | None = None) -> Drawn:
     """Nothing drawn yet; arguments are those of `sample_tokens`."""
     tokens = jnp.full((batch, order.length + max(order.sizes) - 1), stop or 0, jnp.int32)
     cache = dataclasses.replace(cache, length=jnp.int32(cache.length))

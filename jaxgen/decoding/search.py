@@ -196,9 +196,7 @@ def search_scales(
         return paths._replace(picture=picture), inputs
 
     paths = _Paths(carry, jnp.zeros((m * first, 0)))
-    tokens, paths = sample_scales(
-        step, feed_paths, order, params=params, carry=paths, key=key, select=select, **options
-    )
+    tokens, paths = sample_scales(step, feed_paths, order, params=params, carry=paths, key=key, select=select, **options)
     images, last = decode(params, paths.picture), plan.widths[-1]
     judge(images, last)
     best = scored[-1].argmax(axis=1)

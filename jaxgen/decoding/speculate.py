@@ -397,5 +397,3 @@ def _cut(new: Int[Array, "b d"], count: Int[Array, "b"], room: Int[Array, "b"], 
     stops = (new[..., None] == stop[..., None, :]).any(axis=-1) & (place < count[:, None])
     first = jnp.argmax(stops, axis=1)
     return jnp.where(stops.any(axis=1), first + 1, count), stops.any(axis=1)
-
-

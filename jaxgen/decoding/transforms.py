@@ -17,6 +17,7 @@ from jaxgen.decoding.speculate import Context, Transform
 
 __all__ = ["Sampling", "apply_sampling", "check_settings", "compose", "penalise", "token_counts", "truncate"]
 
+
 def check_settings(
     *,
     cfg=0.0,

@@ -76,9 +76,7 @@ class AxialTransformer(TokenModel, AdaLNModel):
         self.inner = self.build_transformer(mask=masks.block_causal(raster(columns)))
         self.head = self.build_head()
 
-    def __call__(
-        self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False
-    ) -> Float[Array, "b l v"]:
+    def __call__(self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
         """Teacher-forced float32 logits: position i, in raster order, is predicted from the class and tokens < i."""
         (rows, columns), cond = self.grid, self.class_embed(labels)
         x = self.token_embed(tokens).reshape(-1, rows, columns, self.width)

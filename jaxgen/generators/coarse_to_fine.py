@@ -30,9 +30,7 @@ class FineLlama(LlamaModel):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(
-        self, labels: Int[Array, "b"], coarse: Int[Array, "b l"], *, train: bool = False
-    ) -> Float[Array, "b l v"]:
+    def __call__(self, labels: Int[Array, "b"], coarse: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
         """Float32 logits over the whole codebook."""
         init = nn.initializers.normal(self.init_std)
         first = nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="class_embed")(labels)
@@ -110,9 +108,7 @@ class CoarseToFineLlama(TokenModel, LlamaModel):
         """The cluster of each code."""
         return jnp.round(jax.lax.stop_gradient(self.cluster)).astype(jnp.int32)
 
-    def __call__(
-        self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False
-    ) -> Float[Array, "b l v"]:
+    def __call__(self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
         """Log-probabilities of the tokens' clusters in turn, and of the tokens given all clusters, added.
 
         The second model is asked about the true clusters only; in others a token is as likely as its neighbours there.

@@ -74,9 +74,7 @@ class MaskedLatentTransformer(nn.Module):
         self.decoder_position = self.param("decoder_position", init, (places, width))
         self.decoder = ViT(self.decoder_depth or self.depth, self.decoder_heads or self.heads, **fields)
         self.head_position = self.param("head_position", init, (self.length, width))
-        self.head = DiffusionHead(
-            self.channels, self.head_width, self.head_depth, self.path, self.prediction, self.dtype
-        )
+        self.head = DiffusionHead(self.channels, self.head_width, self.head_depth, self.path, self.prediction, self.dtype)
 
     def features(
         self, labels: Int[Array, "b"], tokens: Float[Array, "b l c"], known: Bool[Array, "b l"], *, train: bool = False

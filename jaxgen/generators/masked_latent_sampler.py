@@ -24,9 +24,7 @@ from jaxgen.tokenizers.latents import LatentTokenizer
 __all__ = ["MaskedLatentSampler", "latent_model"]
 
 
-def latent_model(
-    module: MaskedLatentTransformer, path: VPPath, order: Order, *, temperature=1.0, cfg=None
-) -> LatentModel:
+def latent_model(module: MaskedLatentTransformer, path: VPPath, order: Order, *, temperature=1.0, cfg=None) -> LatentModel:
     """A module as `speculate_latents` takes it; its condition is labels [b].
 
     With `cfg` the network is asked twice, and predicts (1 + t) conditional - t unconditional, where t grows linearly with the

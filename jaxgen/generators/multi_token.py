@@ -103,9 +103,7 @@ class MultiTokenModel:
         """The base model's norm and head."""
         return self.base.apply(variables["base"], features, method="logits")
 
-    def sampler_logits(
-        self, variables: PyTree, feats: Float[Array, "b n d"], before: Int[Array, "b n"]
-    ) -> Float[Array, "b n v"]:
+    def sampler_logits(self, variables: PyTree, feats: Float[Array, "b n d"], before: Int[Array, "b n"]) -> Float[Array, "b n v"]:
         """The sampler's law of each mask's token, given the token before it."""
         vectors = SamplerHead(self.base.dtype).apply(variables["sampler"], feats, self._embed(variables, before))
         return self.logits(variables, vectors)

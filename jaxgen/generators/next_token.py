@@ -48,9 +48,7 @@ class NextTokenTransformer(TokenModel, AdaLNModel):
         """The laws of the tokens of q steps."""
         return self.head(x, cond)
 
-    def __call__(
-        self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False
-    ) -> Float[Array, "b l v"]:
+    def __call__(self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
         """Teacher-forced float32 logits: position i is predicted from the class and tokens < i."""
         cond = self.class_embed(labels)
         before = self.read(tokens[:, : self.length - self.order.sizes[-1]])

@@ -36,9 +36,7 @@ PyTree = Any
 class Method(Protocol):
     """How tokens are drafted and checked: hashable, so that equal methods share a compiled function."""
 
-    def __call__(
-        self, params: Mapping[str, PyTree], prompt: Int[Array, "b p"], max_length: int
-    ) -> tuple[Proposer, Rule]:
+    def __call__(self, params: Mapping[str, PyTree], prompt: Int[Array, "b p"], max_length: int) -> tuple[Proposer, Rule]:
         """The proposer and the rule, made while tracing; `params` are the variables of all modules by name."""
 
 

@@ -69,9 +69,7 @@ class ShuffledTransformer(NextTokenTransformer):
         """See `TokenModel`; tokens are made window by window."""
         return tokens[:, np.argsort(window_order(self.grid, self.window))]
 
-    def __call__(
-        self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False
-    ) -> Float[Array, "b l v"]:
+    def __call__(self, labels: Int[Array, "b"], tokens: Int[Array, "b l"], *, train: bool = False) -> Float[Array, "b l v"]:
         """Teacher-forced float32 logits of tokens in raster order: a window is predicted from the class and earlier windows."""
         order = window_order(self.grid, self.window)
         return super().__call__(labels, tokens[:, order], train=train)[:, np.argsort(order)]

@@ -91,9 +91,7 @@ def read_state_dict(path: str | os.PathLike, key: str | Sequence[str] | None = N
     return tree
 
 
-def write_safetensors(
-    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None
-) -> None:
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Writes a state dict as safetensors: first beside `path`, then moved there, so that `path` is never half a file.
 
     Args:

@@ -1,8 +1,8 @@
 """Official FlexVAR checkpoints (S064): the tokenizer and the transformer of jiaosiyu1999/FlexVAR, at any list of scales.
 
-    model = load(generator="FlexVARd24-epo349.pth", tokenizer="FlexVAE.pth")
-    images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=2.5, top_k=900, top_p=0.95)
-    wide, _ = model.sample(jax.random.key(0), [207], patch_nums=(1, 2, 4, (5, 7), (8, 12), (12, 18)), cfg=2.5)
+model = load(generator="FlexVARd24-epo349.pth", tokenizer="FlexVAE.pth")
+images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=2.5, top_k=900, top_p=0.95)
+wide, _ = model.sample(jax.random.key(0), [207], patch_nums=(1, 2, 4, (5, 7), (8, 12), (12, 18)), cfg=2.5)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Official HMAR checkpoints (S080): the transformer of NVlabs/HMAR, on VAR's tokenizer.
 
-    model = load(generator="hmar-d16.pth", tokenizer="vae_ch160v4096z32.pth")
-    images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=1.7, top_k=1000, top_p=0.99)
-    images, tokens = model.sample(jax.random.key(0), [207, 980], passes=model.even(4), cfg=1.7)
+model = load(generator="hmar-d16.pth", tokenizer="vae_ch160v4096z32.pth")
+images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=1.7, top_k=1000, top_p=0.99)
+images, tokens = model.sample(jax.random.key(0), [207, 980], passes=model.even(4), cfg=1.7)
 """
 
 from __future__ import annotations

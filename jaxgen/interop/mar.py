@@ -184,9 +184,7 @@ def _sample(static, params, key, labels, cfg, temperature, positions, noise):
         noise = noise.at[:, :, 0].set(0)
     path = generator.path.respaced(chain_steps, spacing)
     model = latent_model(generator, path, order, temperature=temperature, cfg=cfg - 1 if guided else None)
-    tokens, _ = sample_latents(
-        model, params=params["generator"], cond=labels, order=order, positions=positions, noise=noise
-    )
+    tokens, _ = sample_latents(model, params=params["generator"], cond=labels, order=order, positions=positions, noise=noise)
     return tokenizer.apply(params["tokenizer"], tokens, method="decode"), tokens
 
 

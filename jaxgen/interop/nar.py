@@ -1,7 +1,7 @@
 """Official NAR checkpoints: the class- or caption-conditional Llama of neighbours of ThisisBillhe/NAR, for images.
 
-    model = load(generator="c2i_B.pt", tokenizer="vq_ds16_c2i.pt")          # the tokenizer is LlamaGen's
-    images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=2.0)
+model = load(generator="c2i_B.pt", tokenizer="vq_ds16_c2i.pt")          # the tokenizer is LlamaGen's
+images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=2.0)
 """
 
 from __future__ import annotations

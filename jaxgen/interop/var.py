@@ -1,7 +1,7 @@
 """Official VAR checkpoints (S047): the multi-scale tokenizer and the next-scale transformer of FoundationVision/VAR.
 
-    model = load(generator="var_d16.pth", tokenizer="vae_ch160v4096z32.pth")
-    images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=4.0, top_k=900, top_p=0.95)
+model = load(generator="var_d16.pth", tokenizer="vae_ch160v4096z32.pth")
+images, tokens = model.sample(jax.random.key(0), [207, 980], cfg=4.0, top_k=900, top_p=0.95)
 """
 
 from __future__ import annotations

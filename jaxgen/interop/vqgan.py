@@ -46,7 +46,7 @@ def fuse_attention(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     """The layout with one projection `qkv`, which `autoencoder_rules` know, from that with `q`, `k` and `v`."""
     out = {}
     for name, array in state_dict.items():
-        base, part, kind = (name.rsplit(".", 2) if name.count(".") > 1 else ("", "", ""))
+        base, part, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", "", "")
         parts = [f"{base}.{p}.{kind}" for p in "qkv"]
         if part not in ("q", "k", "v") or not all(p in state_dict for p in parts):
             out[name] = array
@@ -104,9 +104,7 @@ def autoencoder_rules() -> tuple[Rule, ...]:
             *conv_rules(f"{half}.conv_in", f"{half}/conv_in"),
             *_res_block(f"{half}.{levels}.{{i}}.block.{{j}}", f"{half}/{levels}_{{i}}_block_{{j}}"),
             *_attention(f"{half}.{levels}.{{i}}.attn.{{j}}", f"{half}/{levels}_{{i}}_attention_{{j}}"),
-            *conv_rules(
-                f"{half}.{levels}.{{i}}.{sampler}.conv", f"{half}/{levels}_{{i}}_{sampler}/conv", optional=True
-            ),
+            *conv_rules(f"{half}.{levels}.{{i}}.{sampler}.conv", f"{half}/{levels}_{{i}}_{sampler}/conv", optional=True),
             *_res_block(f"{half}.mid.block_1", f"{half}/mid/block_0"),
             *_attention(f"{half}.mid.attn_1", f"{half}/mid/attention"),
             *_res_block(f"{half}.mid.block_2", f"{half}/mid/block_1"),

@@ -1,7 +1,7 @@
 """Official xAR checkpoints (S048): the next-cell transformer of OliverRensu/xAR over latents of MAR's KL-16 autoencoder.
 
-    model = load(generator="xAR-B.pth", tokenizer="kl16.ckpt")
-    images, latents = model.sample(jax.random.key(0), [207, 980], cfg=1.7, steps=40)
+model = load(generator="xAR-B.pth", tokenizer="kl16.ckpt")
+images, latents = model.sample(jax.random.key(0), [207, 980], cfg=1.7, steps=40)
 """
 
 from __future__ import annotations

@@ -160,9 +160,7 @@ def class_accuracy(logits: Float[np.ndarray, "n v"], labels: Int[np.ndarray, "n"
     """
     logits, labels = finite_matrix("logits", logits), np.asarray(labels)
     if labels.shape != logits.shape[:1] or not labels.size:
-        raise ValueError(
-            f"logits of shape {logits.shape} and labels of shape {labels.shape}: expected [n, v], [n], n > 0"
-        )
+        raise ValueError(f"logits of shape {logits.shape} and labels of shape {labels.shape}: expected [n, v], [n], n > 0")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels {labels.min()}..{labels.max()}: must be in 0..{logits.shape[1] - 1}")
     return float((logits.argmax(axis=1) == labels).mean())

@@ -45,9 +45,7 @@ def _window_matrix(n: int, size: int, sigma: float = 1.5) -> np.ndarray:
     return np.stack([np.pad(taps, (i, n - size - i)) for i in range(n - size + 1)])
 
 
-def ssim(
-    a: Float[Array, "b H W C"], b: Float[Array, "b H W C"], data_range: float = 2.0, low: float = -1.0
-) -> Float[Array, "b"]:
+def ssim(a: Float[Array, "b H W C"], b: Float[Array, "b H W C"], data_range: float = 2.0, low: float = -1.0) -> Float[Array, "b"]:
     """Structural similarity (Wang et al. 2004, eq. 13): mean over windows and channels of
 
       (2 m_a m_b + C1) (2 s_ab + C2) / ((m_a^2 + m_b^2 + C1) (s_a^2 + s_b^2 + C2)),

@@ -171,9 +171,7 @@ class ImageStats:
             for number in range(files):
                 part = _read(folder / f"features_{number:06d}.npz")
                 features.append((part["index"], part["features"]))
-            out = cls(
-                pool=pool, spatial=spatial, score=score, keep=int(x["keep"]), index=(x["index"],), features=tuple(features)
-            )
+            out = cls(pool=pool, spatial=spatial, score=score, keep=int(x["keep"]), index=(x["index"],), features=tuple(features))
         except KeyError as error:
             raise ValueError(f"{folder}: not statistics of images ({error.args[0]})") from error
         _remove_features(folder, since=files)
@@ -277,7 +275,7 @@ def _open_images(path: str | os.PathLike, name: str) -> Iterator[tuple[tuple[int
 
 
 def image_scores(generated: ImageStats, reference: Reference, *, k: int = 3) -> dict[str, Any]:
-    """"images", "inception_score" and its deviation over splits, "fid", and as far as the reference allows "sfid", "precision"
+    """ "images", "inception_score" and its deviation over splits, "fid", and as far as the reference allows "sfid", "precision"
     and "recall".
 
     Args:

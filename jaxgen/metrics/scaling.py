@@ -82,9 +82,7 @@ def _line(u: np.ndarray, v: np.ndarray) -> tuple[float, float]:
     return slope, v.mean() - slope * u.mean()
 
 
-def _with_floor(
-    log_x: np.ndarray, y: np.ndarray, starts: int = 15, iterations: int = 200
-) -> tuple[float, float, float]:
+def _with_floor(log_x: np.ndarray, y: np.ndarray, starts: int = 15, iterations: int = 200) -> tuple[float, float, float]:
     """(slope, intercept, c) that minimise the squared error of log(c + exp(intercept + slope log x)).
 
     c = min(y) sigmoid(t) keeps it inside its bounds without constraints.

@@ -57,9 +57,7 @@ class Classifier(nn.Module):
             raise ValueError(f"images of shape {images.shape} and dtype {images.dtype}: expected floats [b, H, W, C]")
         smallest = 2 ** (self.levels - 1)
         if min(images.shape[1:3]) < smallest:
-            raise ValueError(
-                f"images of {images.shape[1]}x{images.shape[2]}: levels={self.levels} needs {smallest} a side"
-            )
+            raise ValueError(f"images of {images.shape[1]}x{images.shape[2]}: levels={self.levels} needs {smallest} a side")
         return self.trunk(images)
 
     def __call__(self, images: Float[Array, "b H W C"], train: bool = False) -> Float[Array, "b v"]:

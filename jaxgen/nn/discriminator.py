@@ -45,9 +45,7 @@ class PatchDiscriminator(nn.Module):
         init = nn.initializers.normal(0.02)
 
         def conv(channels: int, stride: int, name: str, bias: bool) -> nn.Conv:
-            return nn.Conv(
-                channels, (4, 4), stride, padding=1, use_bias=bias, kernel_init=init, dtype=self.dtype, name=name
-            )
+            return nn.Conv(channels, (4, 4), stride, padding=1, use_bias=bias, kernel_init=init, dtype=self.dtype, name=name)
 
         x = nn.leaky_relu(conv(self.width, 2, "conv0", True)(images), 0.2)
         for n in range(1, self.layers + 1):

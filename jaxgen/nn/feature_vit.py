@@ -58,9 +58,7 @@ class FeatureViT(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, images: Float[Array, "b H W C"], masked: Bool[Array, "b n"] | None = None
-    ) -> Float[Array, "b 1+n d"]:
+    def __call__(self, images: Float[Array, "b H W C"], masked: Bool[Array, "b n"] | None = None) -> Float[Array, "b 1+n d"]:
         """Normed features: the whole image's, then the patches' row by row.
 
         Args:

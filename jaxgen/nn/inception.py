@@ -62,9 +62,7 @@ class ConvNorm(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.window, x.shape[-1], self.width))
         vectors = (("scale", 1.0), ("bias", 0.0), ("mean", 0.0), ("var", 1.0))
-        scale, bias, mean, var = (
-            self.param(name, nn.initializers.constant(value), (self.width,)) for name, value in vectors
-        )
+        scale, bias, mean, var = (self.param(name, nn.initializers.constant(value), (self.width,)) for name, value in vectors)
         # Highest: distances of features are small differences, which TPUs' bf16 products would change.
         x = jax.lax.conv_general_dilated(
             x, kernel, (self.stride,) * 2, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"

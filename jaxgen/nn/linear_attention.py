@@ -36,15 +36,11 @@ def _size(width: int, factor: float, heads: int, name: str) -> int:
 
 
 def _heads(layer: nn.Module, size: int, name: str) -> nn.DenseGeneral:
-    return nn.DenseGeneral(
-        (layer.heads, size), use_bias=False, kernel_init=layer.kernel_init, dtype=layer.dtype, name=name
-    )
+    return nn.DenseGeneral((layer.heads, size), use_bias=False, kernel_init=layer.kernel_init, dtype=layer.dtype, name=name)
 
 
 def _out(layer: nn.Module, o, width: int):
-    return nn.DenseGeneral(
-        width, axis=(-2, -1), use_bias=False, kernel_init=layer.out_init, dtype=layer.dtype, name="proj"
-    )(o)
+    return nn.DenseGeneral(width, axis=(-2, -1), use_bias=False, kernel_init=layer.out_init, dtype=layer.dtype, name="proj")(o)
 
 
 def _gated_out(layer: nn.Module, o, x, *, use_scale: bool = True):
@@ -93,9 +89,7 @@ class LinearAttention(nn.Module):
     def init_state(self, batch: int, width: int) -> RecurrentState:
         """The state before any token."""
         shape = (batch, self.heads, self._key_size(width))
-        return RecurrentState(
-            jnp.zeros((*shape, shape[-1])), normaliser=jnp.zeros(shape) if self.normalise else None
-        )
+        return RecurrentState(jnp.zeros((*shape, shape[-1])), normaliser=jnp.zeros(shape) if self.normalise else None)
 
     @nn.compact
     def __call__(

@@ -48,9 +48,7 @@ class VGG16Features(nn.Module):
         if len(self.widths) != len(_DEPTHS):
             raise ValueError(f"widths={self.widths}: VGG16 has {len(_DEPTHS)} slices")
         if min(x.shape[1:3]) < _SMALLEST:
-            raise ValueError(
-                f"images of {x.shape[1]}x{x.shape[2]} are too small for VGG16: at least {_SMALLEST} pixels"
-            )
+            raise ValueError(f"images of {x.shape[1]}x{x.shape[2]} are too small for VGG16: at least {_SMALLEST} pixels")
         taps = []
         for s, (width, depth) in enumerate(zip(self.widths, _DEPTHS), start=1):
             if s > 1:

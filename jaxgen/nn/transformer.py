@@ -71,9 +71,7 @@ class AdaLNBlock(_Fields):
     half_cross: bool = False
 
     @nn.compact
-    def __call__(
-        self, carry, layer, drop_rate, cond, view_mask=None, coords=None, groups=None, context: Context | None = None
-    ):
+    def __call__(self, carry, layer, drop_rate, cond, view_mask=None, coords=None, groups=None, context: Context | None = None):
         """carry = (x [b, l, d], cache or None); returns (carry, None), the form that a scan wants."""
         x, cache = carry
         x = place_stream(x)

@@ -9,9 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 __all__ = ["cross_entropy", "drop_labels"]
 
 
-def cross_entropy(
-    logits: Float[Array, "*b v"], targets: Int[Array, "*b"], *, label_smoothing: float = 0.0
-) -> Float[Array, "*b"]:
+def cross_entropy(logits: Float[Array, "*b v"], targets: Int[Array, "*b"], *, label_smoothing: float = 0.0) -> Float[Array, "*b"]:
     """-sum_i t_i log softmax(logits)_i in nats, with t = (1 - s) onehot(target) + s / v.
 
     Args:

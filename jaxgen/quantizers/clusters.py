@@ -45,4 +45,3 @@ def cluster_codes(
         return jnp.where(counts[i] > 0, labels, labels.at[far.argmax()].set(i))
 
     return jax.lax.fori_loop(0, clusters, fill, labels)
-

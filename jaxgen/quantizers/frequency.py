@@ -93,9 +93,7 @@ def cut_bands(
     else:
         rows, columns = (jnp.asarray(_cosines(n), features.dtype) for n in features.shape[1:3])
         spectrum = jnp.einsum("Hh,Ww,bhwc->bHWc", rows, columns, features, precision="highest")
-        parts = [
-            jnp.einsum("Hh,Ww,bHWc->bhwc", rows, columns, spectrum * mask[..., None], precision="highest") for mask in masks
-        ]
+        parts = [jnp.einsum("Hh,Ww,bHWc->bhwc", rows, columns, spectrum * mask[..., None], precision="highest") for mask in masks]
     return [part.astype(features.dtype) for part in parts]
 
 

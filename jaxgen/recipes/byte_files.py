@@ -55,6 +55,7 @@ class FileCodecConfig:
         if learnt > self.merges:
             raise ValueError(f"codec.pairs: {learnt} merges, expected at most codec.merges={self.merges}")
 
+
 # Bytes and the end: one more than a number that devices divide.
 BYTE_RULES = (
     (r"token_embed/embedding", P(None, ("fsdp", "tensor"))),

@@ -60,9 +60,7 @@ class Claim(NamedTuple):
     notes: str = ""
 
 
-def claim_config(
-    build: Callable[[str], Any], budget: str, edits: Sequence[str], *, small: str = "small"
-) -> tuple[Any, bool]:
+def claim_config(build: Callable[[str], Any], budget: str, edits: Sequence[str], *, small: str = "small") -> tuple[Any, bool]:
     """(The resolved configuration that a claim measures, whether the budget is "smoke").
 
     Args:
@@ -126,9 +124,7 @@ def compare_generators(
             tokenizers[shared] = {stage: params[stage] for stage in ("tokenizer",) if stage in params}
             judge = {"classifier": params["classifier"]}
             settings = dict(cfg=0.0, top_k=0, top_p=0.0)
-            result, _ = evaluate_images(
-                recipe, params, jax.random.key(seed), num=samples, batch_size=100, settings=settings
-            )
+            result, _ = evaluate_images(recipe, params, jax.random.key(seed), num=samples, batch_size=100, settings=settings)
             measured.append(
                 {
                     "PSNR of tokens": result["reconstruction"]["psnr"],
@@ -330,7 +326,7 @@ def _size(params) -> int:
 
 
 def mean_and_spread(values: list[float]) -> str | float:
-    """"mean (largest - smallest)", or the value itself if it is one."""
+    """ "mean (largest - smallest)", or the value itself if it is one."""
     mean = statistics.fmean(values)
     if len(values) == 1 or math.isinf(mean):  # nothing is lost: an infinite PSNR
         return mean

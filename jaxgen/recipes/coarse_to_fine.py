@@ -150,4 +150,3 @@ def replaced_codes(recipe: Recipe, params: dict) -> dict:
     found = [psnrs(pixels(batch["image"])) for batch in held_out(config.data, batch_size=64, limit=1000)]
     means = {name: float(np.concatenate([part[name] for part in found]).mean()) for name in found[0]}
     return {f"PSNR, other codes of the {name}": round(value, 2) for name, value in means.items()}
-

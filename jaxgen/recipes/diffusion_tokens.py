@@ -261,9 +261,7 @@ def diffusion_tokenizer_stage(config: DiffusionTokensConfig) -> Stage:
     )
 
 
-def _sample(
-    sampler: DiffusionSampler, params: Mapping[str, Any], key, labels, *, groups: int = 0, **settings
-) -> dict:
+def _sample(sampler: DiffusionSampler, params: Mapping[str, Any], key, labels, *, groups: int = 0, **settings) -> dict:
     """Images of classes; settings are those of `jaxgen.decoding.Settings`.
 
     Args:

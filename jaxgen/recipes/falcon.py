@@ -64,9 +64,7 @@ def drafter_stage(config: FalconConfig) -> Stage:
         target, tokens = modules(frozen)["generator"], batch["tokens"]
         features = unit_features(model.apply(target, tokens[:, :-1], method="features"))
         weights = jnp.ones(features.shape[:2])
-        return distil_features(
-            config.drafter, drafter, params["drafter"], model, target, tokens, features, weights, key, share
-        )
+        return distil_features(config.drafter, drafter, params["drafter"], model, target, tokens, features, weights, key, share)
 
     def loss(params, state, batch, key, step, frozen):
         share = config.drafter.glance * (1 - step / train.steps)

@@ -56,9 +56,7 @@ class FrequencyConfig(NextScaleConfig):
         return FrequencyTokenizer(**self._tokenizer_fields())
 
 
-def kept_power(
-    images: Float[Array, "b H W C"], output: Float[Array, "b H W C"], parts: int = 3
-) -> Float[Array, " parts"]:
+def kept_power(images: Float[Array, "b H W C"], output: Float[Array, "b H W C"], parts: int = 3) -> Float[Array, " parts"]:
     """How much of the images' power each part of the spectrum keeps in a reconstruction: 1 - |F(x) - F(y)|^2 / |F(x)|^2.
 
     Args:

@@ -202,9 +202,7 @@ def expert_hits(config: MultiRateConfig, params: Mapping[str, Any], *, limit: in
     ]
 
 
-def compare_streams(
-    config: MultiRateConfig, *, prompts: int, new_tokens: int, repeats: int, log: Callable[[str], None]
-) -> Claim:
+def compare_streams(config: MultiRateConfig, *, prompts: int, new_tokens: int, repeats: int, log: Callable[[str], None]) -> Claim:
     """S101: the fast stream's drafts against plain sampling and against an early exit of the same depth."""
     plain = config.plain()
     _, params, metrics = train_all(config, config.run.seed, trained(plain, config.run.seed, log)[1], log)

@@ -166,9 +166,7 @@ def multi_token_stage(config: MultiTokenConfig) -> Stage:
     return language_stage("multi_token", model, config.data, config.mask_train, **fields)
 
 
-def compare_masks(
-    config: MultiTokenConfig, *, prompts: int, new_tokens: int, repeats: int, log: Callable[[str], None]
-) -> Claim:
+def compare_masks(config: MultiTokenConfig, *, prompts: int, new_tokens: int, repeats: int, log: Callable[[str], None]) -> Claim:
     """S021: tokens a target call and time against plain sampling of the same model, checked by rejection and by coupling."""
     plain = config.plain()
     given = trained(plain, config.run.seed, log)[1]

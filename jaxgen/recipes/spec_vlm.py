@@ -272,4 +272,3 @@ def _initialise(drafter: FeatureDrafter, text, behind, visual):
 def _shares(ways: tuple[str, ...], gates: Float[Array, "b w"]) -> dict[str, Float[Array, ""]]:
     """How often each way is taken."""
     return {f"way_{way}": share for way, share in zip(ways, gates.mean(0))} if len(ways) > 1 else {}
-

@@ -18,9 +18,7 @@ from jaxgen.recipes.evaluation import measure_samples, sample_many
 __all__ = ["compare_refinements"]
 
 
-def compare_refinements(
-    config: Any, *, title: str, seeds: int, samples: int, log: Callable[[str], None]
-) -> Claim:
+def compare_refinements(config: Any, *, title: str, seeds: int, samples: int, log: Callable[[str], None]) -> Claim:
     """The same pretrained model a seed: as it is, after plain updates, and after refinement, on the same batches.
 
     Args:

@@ -131,9 +131,7 @@ def supernet_stage(config: SupernetConfig) -> Stage:
     return dataclasses.replace(stages[0], name="supernet", init=init, loss=loss, eval_loss=eval_loss, needs=needs)
 
 
-def compare_depths(
-    config: SupernetConfig, *, seeds: int, samples: int, fixed: float = 0.5, log: Callable[[str], None]
-) -> Claim:
+def compare_depths(config: SupernetConfig, *, seeds: int, samples: int, fixed: float = 0.5, log: Callable[[str], None]) -> Claim:
     """Quality and costs at each depth: VAR of equal size, the supernet, and the supernet at a fixed ratio.
 
     VAR gets the updates of both stages. All sample without guidance and truncation and are judged by one classifier.

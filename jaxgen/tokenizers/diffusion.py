@@ -184,9 +184,7 @@ class DiffusionTokenizer(nn.Module):
         """Images in [-1, 1]: those of all tokens, or the preview that the first groups give. See `previews`."""
         return self.previews(tokens, noise)[-1]
 
-    def previews(
-        self, tokens: Int[Array, "b k"], noise: Float[Array, "b H W C"] | None = None
-    ) -> Float[Array, "k b H W C"]:
+    def previews(self, tokens: Int[Array, "b k"], noise: Float[Array, "b H W C"] | None = None) -> Float[Array, "k b H W C"]:
         """The images in [-1, 1] that 1, 2, ... groups of tokens give.
 
         Args:

@@ -95,9 +95,7 @@ class Checkpoints:
         with self._saving():
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(train_state), data=grain.checkpoint.CheckpointSave(data)
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(train_state), data=grain.checkpoint.CheckpointSave(data)),
                 metrics=metrics or {},
             )
 
@@ -159,6 +157,10 @@ class Checkpoints:
         reading.check_fit(path, wanted)
         restored = reading.restore_tree(path, wanted)
         return restored["params"], restored.get("state")
+
+    def check_shapes(self, params: PyTree, step: int | None = None) -> None:
+        """Raises ValueError if the checkpoint has parameters of other shapes than `params`, of those that both have."""
+        reading.check_common_shapes(reading.find(self.directory, step), {"params": params})
 
 
 def load_params(

@@ -60,9 +60,7 @@ def local_gradients(
         return jax.lax.psum((grads, metrics), "data")
 
     # Without the check of what varies over devices, parameters count as each device's own, and so do their gradients.
-    spread = jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), P(), P("data"), P(), P(), P()), out_specs=P(), check_vma=False
-    )
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("data"), P(), P(), P()), out_specs=P(), check_vma=False)
     grads, metrics = spread(params, state, batch, key, step, frozen)
     count = mesh.shape["data"]
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype) / count, grads, params)
@@ -123,9 +121,7 @@ def check_mesh(mesh: Mesh, dtype: str) -> None:
         )
 
 
-def reducible(
-    stage: Stage, mesh: Mesh, frozen: dict, dtype: str | None, log: Callable[[str], None] | None = None
-) -> str | None:
+def reducible(stage: Stage, mesh: Mesh, frozen: dict, dtype: str | None, log: Callable[[str], None] | None = None) -> str | None:
     """`dtype` where `local_gradients` can be had, `None` where gradients are left to the compiler.
 
     Args:

@@ -23,6 +23,7 @@ from jaxgen.storage import Place
 from jaxgen.train.mesh import path_name
 
 __all__ = [
+    "check_common_shapes",
     "check_files",
     "check_fit",
     "data_state",
@@ -137,7 +138,29 @@ def check_fit(path: Place, wanted: dict[str, PyTree]) -> None:
         elif here is None:
             problems.append(f"{name} {there} is not in the model")
         elif here != there:
-            problems.append(f"{name} is {there} in the checkpoint and {here} in the model")
+            problems.append(_differs(name, there, here))
+    _refuse(path, problems)
+
+
+def check_common_shapes(path: Place, wanted: dict[str, PyTree]) -> None:
+    """Compares the shapes of what the checkpoint and `wanted`, a dict of trees, both have.
+
+    Weights from elsewhere may lack what only training needs, or have it.
+
+    Raises:
+      ValueError: naming the parameters that differ, with both shapes.
+    """
+    trees = metadata(path), wanted
+    saved, model = ({path_name(at): x.shape for at, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in trees)
+    common = sorted(saved.keys() & model.keys())
+    _refuse(path, [_differs(name, list(saved[name]), list(model[name])) for name in common if saved[name] != model[name]])
+
+
+def _differs(name: str, there: Any, here: Any) -> str:
+    return f"{name} is {there} in the checkpoint and {here} in the model"
+
+
+def _refuse(path: Place, problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(f"checkpoint {path} does not fit the model: {'; '.join(problems[:_SHOWN])}{more}")

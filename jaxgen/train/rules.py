@@ -71,6 +71,4 @@ def check_rules(rules: Sequence[Rule], stages: Sequence[Sequence[str]]) -> None:
         found = [(pattern, spec) for pattern, spec in rules if re.search(pattern, name)]
         for pattern, spec in found[1:]:
             if spec != found[0][1]:
-                raise ValueError(
-                    f"--shard patterns {found[0][0]!r} and {pattern!r} fight over {name}: {found[0][1]} and {spec}"
-                )
+                raise ValueError(f"--shard patterns {found[0][0]!r} and {pattern!r} fight over {name}: {found[0][1]} and {spec}")

@@ -187,9 +187,7 @@ def stream(step: Callable, compute: Callable, grid: tuple, in_specs: list, stage
     )
 
 
-def launch(
-    name: str, block: Callable, device: Device, arrays: tuple, outputs: list, scratch: dict, grid: dict[str, int]
-):
+def launch(name: str, block: Callable, device: Device, arrays: tuple, outputs: list, scratch: dict, grid: dict[str, int]):
     """Runs `block(*inputs, *outputs, scratch)`, over references, in a grid of thread blocks; the last axis varies fastest."""
 
     def body(*refs):

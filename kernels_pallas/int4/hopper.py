@@ -124,9 +124,7 @@ def _call(problem, device, blocks, rows, words, scales, bm, bk, warpgroups, spli
         def step(_, x_s, words_s, scales_s, total):
             tile_words = words_s[mine]
             for start in range(0, bk, problem.span):
-                shares = pl.run_scoped(
-                    functools.partial(span, tile_words, start, x_s), plgpu.ACC((_WG, bm), jnp.float32)
-                )
+                shares = pl.run_scoped(functools.partial(span, tile_words, start, x_s), plgpu.ACC((_WG, bm), jnp.float32))
                 scale = scales_s[start // problem.group if per_step > 1 else 0, mine].astype(jnp.float32)
                 total = total + shares * lax.broadcast_in_dim(scale, total.shape, [0])
             return total

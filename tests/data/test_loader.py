@@ -51,8 +51,7 @@ def test_batches_have_the_promised_types():
 def test_every_training_epoch_has_each_example_once_in_a_new_order(shards):
     n, epochs = 15, 4
     parts = [
-        labels(take(reader(numbered(n), batch_size=3, shard_index=i, shard_count=shards), epochs * n // 3))
-        for i in range(shards)
+        labels(take(reader(numbered(n), batch_size=3, shard_index=i, shard_count=shards), epochs * n // 3)) for i in range(shards)
     ]
     order = [part[k] for k in range(epochs * n // shards) for part in parts]
     by_epoch = [order[e * n : (e + 1) * n] for e in range(epochs)]

@@ -35,9 +35,7 @@ def visible(cache, layer, q, mask=None):
     elif allowed.ndim == 1:  # how many from the first on
         allowed = np.arange(k.shape[1]) < np.asarray(allowed)[:, None, None, None]
     allowed = np.broadcast_to(allowed, (B, 1, q, k.shape[1]))
-    return [
-        [(np.asarray(k)[b, allowed[b, 0, i]], np.asarray(v)[b, allowed[b, 0, i]]) for i in range(q)] for b in range(B)
-    ]
+    return [[(np.asarray(k)[b, allowed[b, 0, i]], np.asarray(v)[b, allowed[b, 0, i]]) for i in range(q)] for b in range(B)]
 
 
 def assert_sees(cache, layer, q, want, mask=None):
@@ -91,9 +89,7 @@ def test_rows_of_different_lengths():
         start.stage(1, k, v),
         1,
         3,
-        lambda b, i: [
-            np.concatenate([x[1, b, : lengths[b]], new[b, : i + 1]]) for x, new in ((start.k, k), (start.v, v))
-        ],
+        lambda b, i: [np.concatenate([x[1, b, : lengths[b]], new[b, : i + 1]]) for x, new in ((start.k, k), (start.v, v))],
         jnp.asarray(causal),
     )
 
@@ -120,13 +116,9 @@ def test_commit_makes_permanent_and_not_committing_rolls_back(kind):
         kept,
         0,
         2,
-        lambda b, i: [
-            np.concatenate([x[0, b, :2], n[b, :2], m[b]]) for x, n, m in ((start.k, k, k2), (start.v, v, v2))
-        ],
+        lambda b, i: [np.concatenate([x[0, b, :2], n[b, :2], m[b]]) for x, n, m in ((start.k, k, k2), (start.v, v, v2))],
     )
-    assert_sees(
-        rolled_back, 0, 2, lambda b, i: [np.concatenate([x[0, b, :2], m[b]]) for x, m in ((start.k, k2), (start.v, v2))]
-    )
+    assert_sees(rolled_back, 0, 2, lambda b, i: [np.concatenate([x[0, b, :2], m[b]]) for x, m in ((start.k, k2), (start.v, v2))])
 
 
 def test_rows_commit_on_their_own():

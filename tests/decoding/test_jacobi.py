@@ -102,7 +102,6 @@ def test_the_coupled_fixed_point_is_sequential_sampling(world):
         assert (np.asarray(got.row_calls) <= L).all() and got.row_calls.mean() < 0.9 * L
 
 
-
 @pytest.mark.parametrize("taken", [1, 4])
 @pytest.mark.parametrize("initial", INITIAL)
 def test_what_enters_the_window(initial, taken):

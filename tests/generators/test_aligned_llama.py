@@ -33,6 +33,7 @@ def test_it_is_the_llama(params):
 
 def test_every_position_says_and_learns(params):
     """From what it has seen; blocks behind the hidden states that are compared learn nothing from it."""
+
     def aligning(model):
         return jax.jit(lambda params, tokens: model.apply(params, LABELS, tokens, method="aligned"))
 

@@ -38,9 +38,7 @@ def test_logits_from_the_parts(tiny, randomize, features, l2_norm):
     params = randomize(generator.param_shapes(6))
     p = params["params"]
     cond = p["class_embed"]["embedding"][tiny.labels]
-    x = np.concatenate(
-        [cond[:, None] + p["start"], features @ p["word_embed"]["kernel"] + p["word_embed"]["bias"]], axis=1
-    )
+    x = np.concatenate([cond[:, None] + p["start"], features @ p["word_embed"]["kernel"] + p["word_embed"]["bias"]], axis=1)
     x = x + p["position"] + p["level"][[0] + [1] * 4 + [2] * 9]
     scale = {} if l2_norm else {"attention_scale": 0.25 / np.sqrt(16)}  # the authors' factor
     transformer = AdaLNTransformer(
@@ -131,9 +129,7 @@ def test_the_cache_has_room_for_all_scales(tiny):
 def test_initial_scales():
     sizes = dict(vocab=64, num_classes=500, patch_nums=(1, 16), width=48, heads=2, depth=2)
     generator = NextScaleTransformer(**sizes, scan_layers=True)
-    init = jax.jit(
-        lambda key, module: module.init(key, jnp.zeros(1, jnp.int32), jnp.zeros((1, 256, 8))), static_argnums=1
-    )
+    init = jax.jit(lambda key, module: module.init(key, jnp.zeros(1, jnp.int32), jnp.zeros((1, 256, 8))), static_argnums=1)
     p = init(jax.random.key(0), generator)["params"]
     std = (1 / (3 * 48)) ** 0.5
     for leaf in (p["class_embed"]["embedding"], p["position"], p["word_embed"]["kernel"]):

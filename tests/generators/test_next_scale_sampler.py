@@ -51,9 +51,7 @@ def model(tiny):
     decode = jax.jit(lambda tokens: tokenizer.apply(p["tokenizer"], tokens, method="decode"))
     feed = jax.jit(lambda *args: tokenizer.apply(p["tokenizer"], *args, method="feed"), static_argnums=1)
     decode_features = jax.jit(lambda picture: tokenizer.apply(p["tokenizer"], picture, method="decode_features"))
-    return types.SimpleNamespace(
-        logits=logits, inputs=inputs, decode=decode, feed=feed, decode_features=decode_features
-    )
+    return types.SimpleNamespace(logits=logits, inputs=inputs, decode=decode, feed=feed, decode_features=decode_features)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -155,9 +153,7 @@ def test_every_setting_changes_something(sample, usual):
 def test_one_trace_for_all_settings_labels_keys_and_parameters(tiny, sample, usual):
     before = NextScaleSampler._sample._cache_size()
     equal = NextScaleSampler(generator=tiny.generator.clone(), tokenizer=tiny.tokenizer.clone())
-    sample(
-        Settings(cfg=2, temperature=jnp.float32(0.5), top_k=3, top_p=np.float64(0.1)), labels=[3, 3, 3], sampler=equal
-    )
+    sample(Settings(cfg=2, temperature=jnp.float32(0.5), top_k=3, top_p=np.float64(0.1)), labels=[3, 3, 3], sampler=equal)
     sample(Settings(), labels=jnp.array([1, 1, 1]), key=jax.random.key(1))
     assert NextScaleSampler._sample._cache_size() == before
     sample(labels=[1, 2], known=None)
@@ -346,12 +342,8 @@ def test_no_array_of_length_by_length(tiny, usual):
     shapes = shapes_in(compiled(tiny.generator, tiny))
     assert (2, 6, 14, 2, 16) in shapes  # the cache
     assert not [s for s in shapes if s.count(14) > 1]
-    forward = jax.jit(tiny.generator.apply).lower(
-        tiny.params["generator"], tiny.labels, np.zeros((4, 13, 6), np.float32)
-    )
-    assert [
-        s for s in shapes_in(forward.compile()) if s.count(14) > 1
-    ]  # the training pass has them, so the test sees them
+    forward = jax.jit(tiny.generator.apply).lower(tiny.params["generator"], tiny.labels, np.zeros((4, 13, 6), np.float32))
+    assert [s for s in shapes_in(forward.compile()) if s.count(14) > 1]  # the training pass has them, so the test sees them
 
 
 class Roomy(NextScaleTransformer):
@@ -359,9 +351,7 @@ class Roomy(NextScaleTransformer):
 
     def init_cache(self, batch):
         cache = super().init_cache(batch)
-        return type(cache).zeros(
-            layers=self.depth, batch=batch, capacity=self.order.length + 5000, heads=2, head_size=16
-        )
+        return type(cache).zeros(layers=self.depth, batch=batch, capacity=self.order.length + 5000, heads=2, head_size=16)
 
 
 def test_the_cache_is_written_in_place(tiny):

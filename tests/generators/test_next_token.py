@@ -13,9 +13,7 @@ from jaxgen.generators import NextTokenTransformer
 pytestmark = pytest.mark.numeric
 
 B, LENGTH, VOCAB, CLASSES = 3, 6, 9, 4
-MODEL = NextTokenTransformer(
-    vocab=VOCAB, num_classes=CLASSES, length=LENGTH, width=16, heads=2, depth=2, scan_layers=True
-)
+MODEL = NextTokenTransformer(vocab=VOCAB, num_classes=CLASSES, length=LENGTH, width=16, heads=2, depth=2, scan_layers=True)
 LABELS = np.array([0, 3, 2], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (B, LENGTH)).astype(np.int32)
 KEY = jax.random.key(3)

@@ -116,6 +116,4 @@ def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="length=8: tokens of a square grid"):
         MODEL.clone(length=8)
     with pytest.raises(ValueError, match=r"merged=True: expected steps of one size, not \[1, 2\]"):
-        sample_tokens(
-            None, params=None, cache=None, cond=None, batch=1, order=blocks(5, 2), key=jax.random.key(0), merged=True
-        )
+        sample_tokens(None, params=None, cache=None, cond=None, batch=1, order=blocks(5, 2), key=jax.random.key(0), merged=True)

@@ -99,9 +99,7 @@ def test_the_drafter_sees_what_it_was_trained_on(params, sampler):
     left = method.look(params, prompt, seen)
     proposer, _ = method(params, prompt, 8, seen)
     embedded = MODEL.apply(params["generator"], prompt, method=lambda module, x: module.embed(x))
-    whole = DRAFTER.apply(
-        params["drafter"], embedded, jnp.zeros_like(embedded), prefix=left.tokens, count=left.count
-    )
+    whole = DRAFTER.apply(params["drafter"], embedded, jnp.zeros_like(embedded), prefix=left.tokens, count=left.count)
     drafter = proposer.drafter
     cache, state, _, first = drafter.start(6)
     _, x = drafter.fuse(state, prompt, first)

@@ -70,9 +70,7 @@ def test_linear_and_conv_act_the_same():
     np.testing.assert_array_equal(x @ mapping.linear.to_jax(w), x @ w.T)
     w, patch = rng.normal(size=(5, 3, 2, 4)), rng.normal(size=(3, 2, 4))
     theirs = np.einsum("oihw,ihw->o", w, patch)
-    np.testing.assert_allclose(
-        np.einsum("hwio,hwi->o", mapping.conv.to_jax(w), patch.transpose(1, 2, 0)), theirs, rtol=1e-12
-    )
+    np.testing.assert_allclose(np.einsum("hwio,hwi->o", mapping.conv.to_jax(w), patch.transpose(1, 2, 0)), theirs, rtol=1e-12)
 
 
 def test_all_unknown_and_missing_names_are_listed_with_shapes():

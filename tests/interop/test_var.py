@@ -92,9 +92,7 @@ def test_greedy_samples(official, reference):
 def test_unrolled_layers(folder, reference):
     generator, variables = var.load_generator(str(folder / "dev_var.pth"), scan_layers=False)
     tokenizer, tokenizer_variables = var.load_tokenizer(str(folder / "dev_vae.pth"), patch_nums=generator.patch_nums)
-    model = var.VAR(
-        generator=generator, tokenizer=tokenizer, params={"generator": variables, "tokenizer": tokenizer_variables}
-    )
+    model = var.VAR(generator=generator, tokenizer=tokenizer, params={"generator": variables, "tokenizer": tokenizer_variables})
     logits = model.logits(reference["labels"], reference["tokens"])
     np.testing.assert_allclose(logits, reference["logits"], atol=5e-5)
 
@@ -161,11 +159,7 @@ def test_published_names(written):
     generator, tokenizer = written
     blocks = [
         *("attn.scale_mul_1H11", "attn.zero_k_bias", "attn.q_bias", "attn.v_bias", "attn.mat_qkv.weight"),
-        *(
-            f"{layer}.{part}"
-            for layer in ("attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1")
-            for part in ("weight", "bias")
-        ),
+        *(f"{layer}.{part}" for layer in ("attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1") for part in ("weight", "bias")),
     ]
     assert set(generator) == {
         *("pos_start", "pos_1LC", "lvl_1L", "attn_bias_for_masking", "lvl_embed.weight", "class_emb.weight"),

@@ -115,9 +115,7 @@ def test_predicates_must_be_element_wise():
 
 
 def test_repr_names_predicate_and_shape():
-    assert (
-        repr(BlockMask.build(causal, np.zeros((1, 3)), np.zeros((1, 4)))) == "BlockMask(causal, 3x4, block=(128, 64))"
-    )
+    assert repr(BlockMask.build(causal, np.zeros((1, 3)), np.zeros((1, 4)))) == "BlockMask(causal, 3x4, block=(128, 64))"
 
 
 @pytest.mark.parametrize("block", [(2, 3), (4, 5), (64, 64)])

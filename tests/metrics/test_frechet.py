@@ -47,9 +47,7 @@ def test_distance_of_diagonal_gaussians():
     rng = np.random.default_rng(4)
     mean, std = rng.normal(size=(2, 5)), rng.uniform(0.1, 3, (2, 5))
     a, b = (FeatureStats(count=11, mean=m, scatter=10 * np.diag(s**2)) for m, s in zip(mean, std))
-    assert frechet_distance(a, b) == pytest.approx(
-        np.square(mean[0] - mean[1]).sum() + np.square(std[0] - std[1]).sum()
-    )
+    assert frechet_distance(a, b) == pytest.approx(np.square(mean[0] - mean[1]).sum() + np.square(std[0] - std[1]).sum())
 
 
 def test_distance_of_singular_covariances():

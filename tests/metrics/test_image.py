@@ -43,9 +43,7 @@ def test_psnr_is_the_decibels_of_the_mean_square():
     assert np.isposinf(psnr(jnp.asarray(a), jnp.asarray(a))).all()
 
 
-@pytest.mark.parametrize(
-    "shape,window", [((2, 16, 13, 3), 11), ((2, 8, 8, 1), 7), ((1, 11, 11, 1), 11), ((1, 20, 6, 1), 5)]
-)
+@pytest.mark.parametrize("shape,window", [((2, 16, 13, 3), 11), ((2, 8, 8, 1), 7), ((1, 11, 11, 1), 11), ((1, 20, 6, 1), 5)])
 @pytest.mark.parametrize("data_range", [2.0, 1.0])
 def test_ssim_equals_a_loop_over_windows(shape, window, data_range):
     a, b = images(shape)

@@ -34,9 +34,7 @@ def test_modulation_is_six_projections_of_the_condition(randomize):
     module = Modulation(4)
     params = randomize(jax.eval_shape(module.init, jax.random.key(0), COND))
     dense = params["params"]["dense"]
-    want = np.stack(
-        [silu(COND.astype(np.float64)) @ dense["kernel"][:, i] + dense["bias"][i] for i in range(6)], axis=1
-    )
+    want = np.stack([silu(COND.astype(np.float64)) @ dense["kernel"][:, i] + dense["bias"][i] for i in range(6)], axis=1)
     np.testing.assert_allclose(jax.jit(module.apply)(params, COND), want, atol=2e-6)
 
 

@@ -199,9 +199,7 @@ def test_l2_norm_of_nothing_has_a_gradient(x, randomize):
     module = SelfAttention(3, l2_norm=True)
     params = randomize(jax.eval_shape(module.init, jax.random.key(0), x))
     # Keys have no bias, so the keys of a zero input are zero vectors.
-    grads = jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.square(module.apply(p, x)[0])), (0, 1)))(
-        params, jnp.zeros_like(x)
-    )
+    grads = jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.square(module.apply(p, x)[0])), (0, 1)))(params, jnp.zeros_like(x))
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 

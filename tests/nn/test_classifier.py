@@ -62,8 +62,7 @@ def test_fields_change_what_they_name(small):
     assert shapes(levels=2)["head"]["kernel"] == (16, 5)
     assert "level2_block1" in shapes(blocks=2)["trunk"] and "level2_block1" not in shapes()["trunk"]
     exact, half = (
-        jax.jit(Classifier(num_classes=5, width=8, dtype=dtype).apply)(variables, images)
-        for dtype in (jnp.float32, jnp.bfloat16)
+        jax.jit(Classifier(num_classes=5, width=8, dtype=dtype).apply)(variables, images) for dtype in (jnp.float32, jnp.bfloat16)
     )
     assert half.dtype == jnp.float32 and 1e-5 < float(jnp.abs(half - exact).max()) < 0.1
 

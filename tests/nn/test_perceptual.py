@@ -65,9 +65,7 @@ def reference_taps(state, x):
 def reference_distance(state, lin, a, b):
     """LPIPS in float64, pixel by pixel as its paper writes it."""
     mean, std = np.array([-0.030, -0.088, -0.188]), np.array([0.458, 0.448, 0.450])
-    taps_a, taps_b = (
-        reference_taps(state, ((x.astype(np.float64) - mean) / std).transpose(0, 3, 1, 2)) for x in (a, b)
-    )
+    taps_a, taps_b = (reference_taps(state, ((x.astype(np.float64) - mean) / std).transpose(0, 3, 1, 2)) for x in (a, b))
     total = np.zeros(len(a))
     for i, (fa, fb) in enumerate(zip(taps_a, taps_b)):
         w = np.ones(fa.shape[1]) if lin is None else lin[f"lin{i}.model.1.weight"].astype(np.float64).ravel()

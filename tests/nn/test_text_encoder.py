@@ -8,7 +8,7 @@ from jaxgen.nn import TextEncoder
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("quick_compiles")]
 
-TEXT = np.frombuffer(b"abcdef\0\0" b"ab\0\0\0\0\0\0", np.uint8).reshape(2, 8)
+TEXT = np.frombuffer(b"abcdef\0\0ab\0\0\0\0\0\0", np.uint8).reshape(2, 8)
 
 
 def encoder(stride):

@@ -56,9 +56,7 @@ def reference(params, x, cond, *, shared, l2_norm, scale):
         logits = np.einsum("bqhk,bshk->bhqs", q, k) * (1.0 if l2_norm else scale)
         weights = np.exp(np.where(allowed, logits, -np.inf))
         out = np.einsum("bhqs,bshk->bqhk", weights / weights.sum(-1, keepdims=True), v)
-        x = x + gate1 * (
-            np.einsum("blhk,hkd->bld", out, b["attention"]["proj"]["kernel"]) + b["attention"]["proj"]["bias"]
-        )
+        x = x + gate1 * (np.einsum("blhk,hkd->bld", out, b["attention"]["proj"]["kernel"]) + b["attention"]["proj"]["bias"])
         h = (norm(x) * (1 + scale2) + shift2) @ b["mlp"]["fc1"]["kernel"] + b["mlp"]["fc1"]["bias"]
         h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
         x = x + gate2 * (h @ b["mlp"]["fc2"]["kernel"] + b["mlp"]["fc2"]["bias"])

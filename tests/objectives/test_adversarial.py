@@ -92,9 +92,7 @@ def test_lecam():
     for _ in range(3):
         anchors = anchors.update(jnp.array([1.0, 3.0]), jnp.array([-1.0]), decay=0.5)
     assert anchors.real == pytest.approx(2 * (1 - 0.5**3)) and anchors.fake == pytest.approx(-(1 - 0.5**3))
-    penalty = adv.lecam_penalty(
-        jnp.array([1.0, 2.0]), jnp.array([0.0]), adv.LecamAnchors(jnp.array(3.0), jnp.array(-1.0))
-    )
+    penalty = adv.lecam_penalty(jnp.array([1.0, 2.0]), jnp.array([0.0]), adv.LecamAnchors(jnp.array(3.0), jnp.array(-1.0)))
     assert penalty == pytest.approx((4 + 9) / 2 + 9)
     # The anchors are history: no gradient flows into them.
     slope = jax.grad(lambda logits: adv.LecamAnchors.zeros().update(logits, logits).real)(jnp.ones(2))

@@ -193,20 +193,23 @@ def test_options_reach_the_method():
     assert coupled.rule == Coupled() and coupled.coupled and not coupled.replacement
 
 
-@pytest.mark.parametrize("module, edit, words", [
-    (SPECTR, "drafting.rule=best", "drafting.rule='best': expected one of k_seq, rejection, coupled"),
-    (SPECTR, "drafting.rule=coupled", "drafting.paths=4: independent paths cannot share"),
-    (SPECTR, "drafting.length=0", "drafting.length=0: expected at least 1"),
-    (SPECTR, "draft.vocab=300", "draft.vocab=300: drafts are the target's tokens, model.vocab=256"),
-    (ALIGNED, "align.loss=mse", "align.loss='mse': expected one of likelihood, kl, tvd, tvd\\+\\+"),
-    (ALIGNED, "align.share=1.5", "align.share=1.5: expected a share"),
-    (ALIGNED, "align.temperatures=0.0,1.0", "align.temperatures=\\(0.0, 1.0\\): expected numbers > 0"),
-    (ALIGNED, "align.pool=3", "align.pool=3: expected at least align.batch_size=4"),
-    (ALIGNED, "align.prompt=33", "align.prompt=33: responses need room in data.length=32"),
-    (TRIFORCE, "sparse.budget=9", "sparse.chunk=4: must divide budget=9"),
-    (TRIFORCE, "sparse.recent=3", "sparse.chunk=4: must divide budget=8 and be at most recent=3"),
-    (TRIFORCE, "context.length=0", "context.length=0: expected at least 1"),
-])
+@pytest.mark.parametrize(
+    "module, edit, words",
+    [
+        (SPECTR, "drafting.rule=best", "drafting.rule='best': expected one of k_seq, rejection, coupled"),
+        (SPECTR, "drafting.rule=coupled", "drafting.paths=4: independent paths cannot share"),
+        (SPECTR, "drafting.length=0", "drafting.length=0: expected at least 1"),
+        (SPECTR, "draft.vocab=300", "draft.vocab=300: drafts are the target's tokens, model.vocab=256"),
+        (ALIGNED, "align.loss=mse", "align.loss='mse': expected one of likelihood, kl, tvd, tvd\\+\\+"),
+        (ALIGNED, "align.share=1.5", "align.share=1.5: expected a share"),
+        (ALIGNED, "align.temperatures=0.0,1.0", "align.temperatures=\\(0.0, 1.0\\): expected numbers > 0"),
+        (ALIGNED, "align.pool=3", "align.pool=3: expected at least align.batch_size=4"),
+        (ALIGNED, "align.prompt=33", "align.prompt=33: responses need room in data.length=32"),
+        (TRIFORCE, "sparse.budget=9", "sparse.chunk=4: must divide budget=9"),
+        (TRIFORCE, "sparse.recent=3", "sparse.chunk=4: must divide budget=8 and be at most recent=3"),
+        (TRIFORCE, "context.length=0", "context.length=0: expected at least 1"),
+    ],
+)
 def test_fields_are_checked(module, edit, words):
     with pytest.raises(ValueError, match=words):
         module.get_config("smoke").override([edit])

@@ -83,7 +83,7 @@ def test_selection_is_compared(seen):
 
 @pytest.mark.slow
 def test_alignment_is_compared(seen):
-    claim, = load("direct_alignment").claim("smoke", seeds=2, log=lambda line: None)
+    (claim,) = load("direct_alignment").claim("smoke", seeds=2, log=lambda line: None)
     losses = ["likelihood", "kl", "tvd", "tvd++", "tvd", "tvd++"]
     aligned = [(["draft", "generator"], loss, seed) for loss in losses for seed in (0, 1)]
     assert seen["given"] == [(["generator"], None, 0), *aligned]

@@ -206,12 +206,15 @@ def test_the_published_size_fits_the_kernels():
                 assert backend.refuses(problem, device) is None
 
 
-@pytest.mark.parametrize("edit, words", [
-    ("int4.method=awq", "int4.method='awq': expected one of rtn, gptq"),
-    ("int4.clip=best", "int4.clip='best': expected one of max, mse"),
-    ("int4.group_size=4", "int4.group_size=4: expected at least 8"),
-    ("int4.damp=-1.0", "int4.damp=-1.0: expected at least 0"),
-])
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        ("int4.method=awq", "int4.method='awq': expected one of rtn, gptq"),
+        ("int4.clip=best", "int4.clip='best': expected one of max, mse"),
+        ("int4.group_size=4", "int4.group_size=4: expected at least 8"),
+        ("int4.damp=-1.0", "int4.damp=-1.0: expected at least 0"),
+    ],
+)
 def test_fields_are_checked(edit, words):
     with pytest.raises(ValueError, match=words):
         MARLIN.get_config("smoke").override([edit])
@@ -258,9 +261,7 @@ def test_precisions_are_compared(params, rounded, monkeypatch):
     one = [("NextScaleConfig", False, 30, 0.0), ("QuantisedConfig", True, 30, 0.0), ("QuantisedConfig", True, 30, 0.0)]
     assert seen.judged == one * 2
     half, nearest, gptq = claim.rows
-    assert [row["weights"] for row in claim.rows] == [
-        "bfloat16", "4 bits, groups of 128, nearest", "4 bits, groups of 128, GPTQ"
-    ]
+    assert [row["weights"] for row in claim.rows] == ["bfloat16", "4 bits, groups of 128, nearest", "4 bits, groups of 128, GPTQ"]
     assert half["bits a weight"] == 16 and nearest["bits a weight"] == gptq["bits a weight"] < 12
     numbers = [float(row["agreement"].split()[0]) for row in claim.rows]
     assert 1 > numbers[0] > numbers[1] == numbers[2] > 0.5

@@ -49,9 +49,7 @@ def test_losses_are_those_of_the_images(made):
     index = [where[tuple(tokens)] for tokens in batch["tokens"].tolist()]
     images = {"image": jnp.asarray(train.images[index]), "label": batch["label"]}
     args = (params["generator"], ())
-    values = [
-        jax.jit(stage.loss)(*args, b, jax.random.key(0), 0, params)[0] for stage, b in ((cached, batch), (plain, images))
-    ]
+    values = [jax.jit(stage.loss)(*args, b, jax.random.key(0), 0, params)[0] for stage, b in ((cached, batch), (plain, images))]
     assert values[0] == pytest.approx(float(values[1]), rel=1e-5) and values[0] > 0.5
     test = next(iter(cached.eval_data(0, 1)))
     got = jax.jit(cached.eval_loss)(*args, test, jax.random.key(0), params)

@@ -19,9 +19,7 @@ def train(refused, config_path, tmp_path):
 
     def call(*edits, flags=(), variant="smoke", config=config_path):
         workdir = tmp_path / "run"
-        line = refused(
-            "train", "--config", config, "--variant", variant, "--workdir", workdir, "--set", *edits, *flags
-        )
+        line = refused("train", "--config", config, "--variant", variant, "--workdir", workdir, "--set", *edits, *flags)
         assert not workdir.exists()
         return line
 

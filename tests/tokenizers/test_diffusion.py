@@ -168,9 +168,7 @@ def test_what_the_decoder_says_in_its_midst(randomize):
     stacked = {name: x for name, x in params.items() if not name.startswith("blocks")}
     stacked["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
     changed = params | {"blocks_2": jax.tree.map(lambda x: 2 * x, blocks[2])}
-    run = jax.jit(
-        lambda model, p, some: [model.apply({"params": p}, *inputs, after) for after in some], static_argnums=(0, 2)
-    )
+    run = jax.jit(lambda model, p, some: [model.apply({"params": p}, *inputs, after) for after in some], static_argnums=(0, 2))
     velocity, *told = run(unrolled, params, (0, 1, 2, 3))
     other = run(unrolled, changed, (0, 1, 2, 3))[1:]
     assert all(np.allclose(x, y) for (_, x), (_, y) in zip(told[:2], other)) and not np.allclose(told[2][1], other[2][1])

@@ -94,9 +94,7 @@ def test_training_output(own):
     np.testing.assert_array_equal(out.quantized.tokens, own.tokens)
     assert [x.shape for x in out.smaller] == [(2, 2, 2, 1), (2, 4, 4, 1)] and out.images.shape == (2, 6, 6, 1)
     np.testing.assert_allclose(np.clip(out.images, -1, 1), own.apply(own.tokens, method="decode"), atol=1e-5)
-    np.testing.assert_allclose(
-        own.tokenizer.apply(own.params, out.hidden, method="to_pixels"), out.images, atol=1e-5
-    )
+    np.testing.assert_allclose(own.tokenizer.apply(own.params, out.hidden, method="to_pixels"), out.images, atol=1e-5)
     np.testing.assert_array_equal(out.quantized.counts, np.bincount(np.ravel(own.tokens), minlength=24))
     assert out.quantized.vectors.shape == (28, 3)
     fewer = run(own.tokenizer.clone(decoded=2), own.params, own.images)

@@ -87,9 +87,7 @@ def test_grey_oblong_images_and_gradients_of_all_parts(randomize):
 
     grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert out.quantized.tokens.shape == (2, 4) and out.images.shape == images.shape
-    dead = [
-        jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if np.abs(g).max() < 1e-7
-    ]
+    dead = [jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if np.abs(g).max() < 1e-7]
     assert not dead
 
 

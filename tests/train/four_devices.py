@@ -174,6 +174,7 @@ results["traffic"] = {
     "fsdp": traffic(stage, meshes["fsdp"]),
 }
 
+
 # Gradients of a computation in bfloat16, without a state and in two micro-batches: each device adds up its own.
 def computed_in(dtype):
     def loss(params, state, batch, key, step, frozen):

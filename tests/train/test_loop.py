@@ -259,6 +259,20 @@ def test_no_steps_take_the_weights_as_they_are(tmp_path, mesh):
         train(make_recipe(make_stage("first", 0)), tmp_path / "new", mesh=mesh, log=quiet)
 
 
+def test_given_weights_of_another_shape_are_refused(tmp_path, mesh):
+    """By name; what only one side has is no error, as converted weights lack what only training needs."""
+    right = init(jax.random.key(5), {})[0]["params"]
+    name = sorted(right)[0]
+    wrong = right | {name: jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), right[name])}
+    save_params(tmp_path / "wrong", "first", {"params": wrong})
+    with pytest.raises(ValueError, match=rf"does not fit the model: params/params/{name}.* is \[.*, 2\] in the checkpoint"):
+        train(make_recipe(make_stage("first", 0)), tmp_path / "wrong", mesh=mesh, log=quiet)
+    some = {"params": {key: right[key] for key in right if key != name} | {"more": jnp.ones(3)}}
+    save_params(tmp_path / "some", "first", some)
+    done = train(make_recipe(make_stage("first", 0)), tmp_path / "some", mesh=mesh, log=quiet)
+    same(done["first"].params, some)
+
+
 def test_weights_that_were_put_there_take_any_configuration_until_training_starts(tmp_path, mesh):
     save_config(tmp_path, Config())
     save_params(tmp_path, "first", {"params": init(jax.random.key(5), {})[0]["params"]})

@@ -174,9 +174,7 @@ def test_frozen_parameters_reach_init_and_loss(mesh, batches):
         return {"params": jax.tree.map(lambda x: 2 * x, frozen["first"]["params"])}, {"seen": jnp.zeros((), jnp.int32)}
 
     ts, step = start(make_stage(init=copying), mesh, frozen)
-    np.testing.assert_array_equal(
-        ts.params["params"]["in"]["kernel"], 2 * np.asarray(frozen["first"]["params"]["in"]["kernel"])
-    )
+    np.testing.assert_array_equal(ts.params["params"]["in"]["kernel"], 2 * np.asarray(frozen["first"]["params"]["in"]["kernel"]))
     _, with_frozen = step(ts, batches[0], frozen)
     ts, step = start(make_stage(init=copying), mesh, frozen)
     _, with_zeros = step(ts, batches[0], jax.tree.map(jnp.zeros_like, frozen))

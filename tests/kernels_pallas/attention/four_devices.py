@@ -51,9 +51,9 @@ for name in ("xla", "split", "tpu"):
     want = jax.jit(both)(*arguments)
     spread = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs)]
     runs = {
-        f"{name}/mapped": jax.jit(
-            jax.shard_map(both, mesh=mesh, in_specs=specs, out_specs=out, check_vma=name != "tpu")
-        )(*spread),
+        f"{name}/mapped": jax.jit(jax.shard_map(both, mesh=mesh, in_specs=specs, out_specs=out, check_vma=name != "tpu"))(
+            *spread
+        ),
         f"{name}/automatic": jax.jit(partial(both, spread=True))(*spread),
     }
     for key, got in runs.items():
