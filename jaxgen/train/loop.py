@@ -157,7 +157,7 @@ def train(
                 step = checkpoints.latest()
                 if step is not None and step >= stage.steps:
                     say(f"{stage.name} is trained: step {step}")
-                    if not (stage.steps and checkpoints.has_training_state(step)):  # it was not trained here
+                    if not stage.steps:  # it was not trained here
                         checkpoints.check_shapes(jax.eval_shape(stage.init, key, frozen)[0], step)
                     done[stage.name] = _load(workdir, stage, mesh, step)
                 else:
