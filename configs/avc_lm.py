@@ -22,12 +22,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from configs import jpeg_lm
+from configs import jpeg_lm, nar_clips
 from jaxgen.data.clips import ClipConfig
 from jaxgen.recipe import Recipe
-from jaxgen.recipes.byte_clip_claims import judge_clips
+from jaxgen.recipes.byte_clip_claims import compare_clips
 from jaxgen.recipes.byte_clips import ByteClipConfig, ClipCodecConfig
 from jaxgen.recipes.claims import Claim, claim_config
+from jaxgen.recipes.clip_tokens import ClipLlamaConfig
 
 VARIANTS = ("smoke", "small", "films", "paper")
 
@@ -54,6 +55,7 @@ def build(variant: str) -> ByteClipConfig:
         codec=ClipCodecConfig(length=96 if smoke else 160, quantiser=40),
         model=images.model,
         model_train=images.model_train if smoke else dataclasses.replace(images.model_train, steps=1500, batch_size=32),
+        classifier=nar_clips.build("smoke" if smoke else "small").classifier,
         run=images.run,
     )
     if variant != "films":
@@ -78,8 +80,16 @@ def _published() -> ByteClipConfig:
     )
 
 
+def in_codes(config: ByteClipConfig, *, smoke: bool) -> ClipLlamaConfig:
+    """The same Llama and training on the codes of a VQ tokenizer of frames, one for 4 x 4 pixels."""
+    base = nar_clips.build("smoke" if smoke else "small")
+    tokenizer = dataclasses.replace(base.tokenizer, patch_nums=(config.data.height // 4,))
+    parts = dict(model=config.model, model_train=config.model_train, classifier=config.classifier, run=config.run)
+    return ClipLlamaConfig(data=config.data, tokenizer=tokenizer, tokenizer_train=base.tokenizer_train, **parts)
+
+
 def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), log: Callable[[str], None] = print) -> list[Claim]:
-    """S016's claim of clips, measured again: the share of valid ones, with the grammar and without it.
+    """S016's claims of clips, measured again: the share of valid ones with the grammar and without it, and quality against codes.
 
     Args:
       budget: "smoke" (nothing is learnt), or "small" (digits that move).
@@ -88,4 +98,5 @@ def claim(budget: str = "small", *, seeds: int = 3, edits: Sequence[str] = (), l
       log: takes progress lines.
     """
     config, smoke = claim_config(build, budget, edits)
-    return [judge_clips(config, seeds=seeds, samples=50 if smoke else 100, log=log)]
+    codes = in_codes(config, smoke=smoke)
+    return [compare_clips(config, codes, seeds=seeds, samples=50 if smoke else 300, log=log)]

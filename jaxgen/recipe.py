@@ -10,9 +10,12 @@ import optax
 
 from jaxgen import config as config_lib
 
-__all__ = ["Recipe", "Stage", "modules"]
+__all__ = ["PICTURES", "Recipe", "Stage", "modules"]
 
 PyTree = Any
+
+# Where samplers of a modality return pictures.
+PICTURES = {"image": "images", "video": "clips"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,6 +94,11 @@ class Recipe:
     top_p: float = 0.96
     prompts: Callable[[Sequence[str]], Any] | None = None
     write: Callable[[str, Any], list] | None = None
+
+    @property
+    def shows(self) -> str:
+        """What the pictures are called among what `sample` returns, see `PICTURES`."""
+        return PICTURES[self.modality]
 
     def override(self, edits: Iterable[str]) -> Recipe:
         """The recipe with `path.to.field=value` edits applied to its configuration (see `jaxgen.config.override`)."""

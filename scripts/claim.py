@@ -57,6 +57,8 @@ def find(system: str):
         name = (module.__doc__ or "").partition(":")[0]
         if f"{name} ".startswith(f"{system} ") and hasattr(module, "claim"):
             found[name] = module
+    if system in found:
+        return found[system]
     if not found:
         raise ValueError(f"system {system!r}: no file in configs/ opens with it and has a claim")
     if len(found) > 1:

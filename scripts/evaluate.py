@@ -38,8 +38,9 @@ def main():
     step = int(args.step) if args.step and args.step.isdigit() else args.step
     mesh = cli.open_devices(args, every_device=False)
     recipe, params = cli.open_workdir(args.workdir, edits=args.set, step=step, mesh=mesh)
-    if recipe.modality != "image":
-        raise ValueError(f"--workdir {args.workdir}: makes {recipe.modality}, and this measures images")
+    if recipe.modality == "text" or (args.inception and recipe.modality != "image"):
+        what = "InceptionV3 reads images" if args.inception else "this measures images and clips"
+        raise ValueError(f"--workdir {args.workdir}: makes {recipe.modality}, and {what}")
     recipe.config.resolve()  # says if these data do not fit
     settings = cli.sampling_settings(args, recipe)
     if args.reference and not args.inception:

@@ -115,11 +115,10 @@ def sample_images(args, recipe, params, mesh):
         settings["keep"] = box_mask(box, outpaint=args.outpaint)
     if args.files and recipe.write is None:
         raise ValueError(f"--files {args.files}: the samples of {args.workdir} are pictures, not files")
-    shows = "clips" if recipe.modality == "video" else "images"
-    names = (shows, "tokens", "valid") if recipe.write else (shows,)
+    names = (recipe.shows, "tokens", "valid") if recipe.write else (recipe.shows,)
     key = jax.random.key(args.seed)
     out = sample_outputs(recipe, params, key, labels, names=names, batch_size=batch, mesh=mesh, **settings)
-    images = out[shows]
+    images = out[recipe.shows]
     if jax.process_index():
         return
     if args.files:
@@ -131,7 +130,7 @@ def sample_images(args, recipe, params, mesh):
     if args.npz:
         with cli.output_file("--npz", args.npz) as path:
             said = {"labels": labels} if recipe.prompts is None else {"caption": np.repeat(args.prompt, args.num)}
-            np.savez_compressed(path, **{shows: to_uint8(images)}, **said)
+            np.savez_compressed(path, **{recipe.shows: to_uint8(images)}, **said)
     print(f"{args.out}: {len(images)} samples" + (f", {int(out['valid'].sum())} of them valid files" if "valid" in out else ""))
 
 

@@ -4,7 +4,7 @@
 """
 
 from jaxgen.data.folder import FileSource, folder
-from jaxgen.data.loader import DataConfig, batches, image_batches, info, make_source, read_image
+from jaxgen.data.loader import DataConfig, Pictures, batches, image_batches, info, make_source, read_image
 from jaxgen.data.shard_set import ShardSource, shard_source
 from jaxgen.data.sources import ArraySource, EncodedSource, Source, digits, npz
 from jaxgen.data.tar_shards import write_tar
@@ -19,6 +19,7 @@ __all__ = [
     "DataConfig",
     "EncodedSource",
     "FileSource",
+    "Pictures",
     "Preprocess",
     "ShardSource",
     "Source",

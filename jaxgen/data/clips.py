@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxgen.data.folder import stamp
+from jaxgen.data.loader import stream
 from jaxgen.data.sources import ArraySource, check_split, digits
 
-__all__ = ["ClipConfig", "ClipSource", "Films", "MovingDigits", "clips", "moving_digits"]
+__all__ = ["ClipConfig", "ClipPictures", "ClipSource", "Films", "MovingDigits", "clips", "moving_digits", "stacked"]
 
 HELD_OUT = 6  # one part in so many is the test split
 STILL = "digits"
@@ -48,6 +49,10 @@ class ClipConfig:
     seed: int = 0
     workers: int = 0
 
+    # Facts of the class, not fields, which `DataConfig` has, too: colours, and that there are no token caches of clips.
+    channels = 3
+    tokens = ""
+
     def __post_init__(self):
         fields = dict(motions=1, frames=1, every=1, height=0, width=0, seed=0, workers=0)
         for name, least in fields.items():
@@ -72,11 +77,74 @@ class ClipConfig:
             found = _clips(self.path, split, stamp=stamp(self.path), height=self.height, width=self.width, **fields)
         return found if self.labelled else _OneClass(found)
 
+    def batches(self, split: str, *, batch_size: int, train: bool, shard_index: int = 0, shard_count: int = 1):
+        """Batches {"image": uint8 [b, f, H, W, 3], "label": int32 [b]} of a split; arguments as in `jaxgen.data.batches`.
+
+        Raises:
+          ValueError: see `source` and `jaxgen.data.batches`.
+        """
+        part = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
+        return stream(self.source(split), _as_image, random=False, seed=self.seed, workers=self.workers, **part)
+
     def or_drawn(self) -> ClipConfig:
         """This, or clips of the same shape that are drawn where there is no file: for what needs shapes alone."""
         if self.path == STILL or os.path.exists(self.path):
             return self
         return dataclasses.replace(self, path=STILL)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipPictures:
+    """Clips where a stage of images reads its data (`jaxgen.data.image_batches`).
+
+    Attributes:
+      clips: which.
+      apart: every frame is an image [H, W, 3]; otherwise a clip is one, [H, W, 3f] (see `stacked`).
+    """
+
+    clips: ClipConfig
+    apart: bool
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return self.clips.channels * (1 if self.apart else self.clips.frames)
+
+    def batches(self, split: str, *, batch_size: int, train: bool, shard_index: int = 0, shard_count: int = 1):
+        """See `ClipConfig.batches`; "image" is uint8 [b, H, W, channels]."""
+        source, part = self.clips.source(split), dict(batch_size=batch_size, train=train)
+        part |= dict(shard_index=shard_index, shard_count=shard_count, seed=self.clips.seed, workers=self.clips.workers)
+        return stream(_Frames(source) if self.apart else source, _as_image if self.apart else _as_one_image, random=False, **part)
+
+
+def stacked(clips):
+    """[..., f, H, W, C] as [..., H, W, f C]: the frames of a clip behind one another, as channels of one image."""
+    *some, frames, height, width, channels = clips.shape
+    axes = (*range(len(some)), *(len(some) + i for i in (1, 2, 0, 3)))
+    return clips.transpose(axes).reshape(*some, height, width, frames * channels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Frames:
+    """The frames of a source's clips."""
+
+    clips: ClipSource
+
+    def __len__(self) -> int:
+        return len(self.clips) * self.clips.shape[0]
+
+    def __getitem__(self, index: int) -> dict:
+        number, frame = divmod(index, self.clips.shape[0])
+        example = self.clips[number]
+        return example | {"clip": example["clip"][frame]}
+
+
+def _as_image(example: dict) -> dict:
+    return {"image": example["clip"], "label": example["label"]}
+
+
+def _as_one_image(example: dict) -> dict:
+    return {"image": stacked(example["clip"]), "label": example["label"]}
 
 
 class ClipSource(Protocol):

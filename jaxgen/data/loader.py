@@ -8,7 +8,7 @@ import math
 import multiprocessing.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -24,7 +24,7 @@ from jaxgen.data.transforms import Preprocess, pixels
 from jaxgen.data.world import World
 from jaxgen.data.world_scene import WorldConfig
 
-__all__ = ["DataConfig", "batches", "image_batches", "info", "make_source", "read_image", "stream"]
+__all__ = ["DataConfig", "Pictures", "batches", "image_batches", "info", "make_source", "read_image", "stream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,21 @@ class DataConfig:
 
 def _is_int(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
+
+
+class Pictures(Protocol):
+    """What stages of images train on, if it is not a `DataConfig`: clips, or their frames.
+
+    Attributes:
+      channels: of a picture.
+      tokens: "", see `DataConfig`.
+    """
+
+    channels: int
+    tokens: str
+
+    def batches(self, split: str, *, batch_size: int, train: bool, shard_index: int, shard_count: int) -> grain.IterDataset:
+        """{"image": uint8 [b, ..., H, W, C], "label": int32 [b]}; arguments as in `batches`."""
 
 
 def make_source(config: DataConfig, split: str) -> Source:
@@ -213,10 +228,22 @@ def batches(
     return stream(source, preprocess, random=preprocess.random, seed=config.seed, workers=config.workers, **part)
 
 
-def image_batches(data: DataConfig, batch_size: int, split: str, shard_index: int, shard_count: int):
-    """Batches of images and labels for a stage: endless ones of the training split, one pass over any other."""
-    shard = dict(shard_index=shard_index, shard_count=shard_count)
-    return batches(make_source(data, split), data, batch_size=batch_size, train=split == "train", **shard)
+def image_batches(
+    data: DataConfig | Pictures, batch_size: int, split: str, shard_index: int, shard_count: int, *, endless: bool | None = None
+):
+    """Batches of images and labels for a stage: endless ones of the training split, one pass over any other.
+
+    Args:
+      data: a configuration, or what makes its own batches.
+      batch_size, shard_index, shard_count: see `batches`.
+      split: "train" or "test".
+      endless: whether they are, and augmented; None is as above.
+    """
+    part = dict(batch_size=batch_size, train=split == "train" if endless is None else endless)
+    part |= dict(shard_index=shard_index, shard_count=shard_count)
+    if isinstance(data, DataConfig):
+        return batches(make_source(data, split), data, **part)
+    return data.batches(split, **part)
 
 
 def stream(

@@ -12,8 +12,9 @@ def rotate(x: Float[Array, "b l h d"], pos, *, theta: float = 10000.0) -> Float[
     """Turns each pair of numbers (x_2i, x_2i+1) by the angle pos * theta^(-2i / d) (Su et al. 2021, equation 34).
 
     With n coordinates a position, the first d / n numbers turn with the first coordinate, and so on, as in the published
-    image models (Sun et al. 2024): products of rotated queries and keys depend on differences of coordinates only. Where one of
-    several coordinates is negative the result is 0, which those models do to what is not a place in the image.
+    image models (Sun et al. 2024): products of rotated queries and keys depend on differences of coordinates only. Where those
+    are not even parts, the first coordinate, which is time, has the rest as well (Wan et al. 2025). Where one of several
+    coordinates is negative the result is 0, which those models do to what is not a place in the image.
 
     Args:
       x: queries or keys.
@@ -21,7 +22,7 @@ def rotate(x: Float[Array, "b l h d"], pos, *, theta: float = 10000.0) -> Float[
       theta: the longest wavelength is 2 pi theta.
 
     Raises:
-      ValueError: a head size that is not n even parts, or positions that do not fit x.
+      ValueError: a head size that is odd or below 2n, or positions that do not fit x.
 
     Example:
       >>> rotate(jnp.ones((1, 3, 2, 8)), jnp.arange(3)).shape
@@ -36,10 +37,12 @@ def rotate(x: Float[Array, "b l h d"], pos, *, theta: float = 10000.0) -> Float[
     n = pos.shape[-1]
     if pos.ndim != 3 or pos.shape[1] != length or pos.shape[0] not in (1, b):
         raise ValueError(f"positions {pos.shape} do not fit x {x.shape}: expected [l], [b, l] or [b or 1, l, n]")
-    if d % (2 * n):
-        raise ValueError(f"head size {d} is not {n} even parts, one a coordinate")
-    rates = theta ** (-jnp.arange(0, d // n, 2) / (d // n))
-    angle = (pos[..., None].astype(jnp.float32) * rates).reshape(*pos.shape[:2], 1, d // 2)
+    if d % 2 or d < 2 * n:
+        raise ValueError(f"head size {d}: expected an even number, at least 2 for each of {n} coordinates")
+    part = d // (2 * n) * 2
+    sizes = [d - (n - 1) * part] + [part] * (n - 1)
+    rates = [theta ** (-jnp.arange(0, size, 2) / size) for size in sizes]
+    angle = jnp.concatenate([pos[..., i, None].astype(jnp.float32) * rate for i, rate in enumerate(rates)], -1)[:, :, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

@@ -1,4 +1,4 @@
-"""Clips as a Llama's language: how many of its samples a decoder reads without an error, with and without their grammar."""
+"""Clips as a Llama's language: how many of its samples are clips, with and without their grammar, and how good, against codes."""
 
 from __future__ import annotations
 
@@ -6,79 +6,82 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.data import pixels
-from jaxgen.metrics import psnr
+from jaxgen.metrics import detail
+from jaxgen.recipe import Recipe
 from jaxgen.recipes import claims
-from jaxgen.recipes.byte_clips import ByteClipConfig
+from jaxgen.recipes.byte_clips import ByteClipConfig, ClipCodecConfig
 from jaxgen.recipes.claims import Claim
+from jaxgen.recipes.clip_tokens import ClipLlamaConfig
+from jaxgen.recipes.evaluation import held_out, sample_outputs
 
-__all__ = ["judge_clips"]
+__all__ = ["MOST_PIXELS", "compare_clips", "in_pixels"]
 
 BATCH = 50  # clips that are sampled at once
+MOST_PIXELS = 1024  # bytes of a clip up to which those of its pixels are compared
 
 
-def judge_clips(config: ByteClipConfig, *, seeds: int, samples: int, log: Callable[[str], None]) -> Claim:
-    """The share of samples that are clips, with and without the grammar, of the same weights; and what the codec keeps.
+def in_pixels(config: ByteClipConfig) -> ByteClipConfig:
+    """The same model and training on the bytes of pixels, of which there are as many as numbers."""
+    codec = ClipCodecConfig(kind="pixels", length=int(np.prod(config.build_codec().shape)))
+    return dataclasses.replace(config, codec=codec)
+
+
+def compare_clips(
+    config: ByteClipConfig, codes: ClipLlamaConfig, *, seeds: int, samples: int, log: Callable[[str], None]
+) -> Claim:
+    """H.264 bytes with and without their grammar, the codes of frames, and small clips' pixels, on the same Llama.
 
     Args:
       config: of H.264 streams.
-      seeds: trainings.
+      codes: of the VQ baseline; its data, model and training are those of `config`.
+      seeds: trainings of each.
       samples: clips of each training that are judged.
       log: takes progress lines.
-
-    Raises:
-      ValueError: no seeds, or no samples.
     """
-    for name, value in (("seeds", seeds), ("samples", samples)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    systems = {"S016 AVC-LM": True, "S016 AVC-LM, unconstrained": False}
-    measured: dict[str, list[dict]] = {name: [] for name in systems}
-    for seed in range(seeds):
-        log(f"S016 AVC-LM: seed {seed}")
-        _, params, metrics = claims.train_all(config, seed, {}, log)
-        nats = {"test nats a clip": metrics["generator"]["nll_image"], "test nats a token": metrics["generator"]["nll"]}
-        for name, constrained in systems.items():
-            measured[name].append(nats | _sampled(dataclasses.replace(config, constrained=constrained), params, seed, samples))
-    kept = _kept(config)
-    rows = []
-    for name, found in measured.items():
-        means = {column: claims.mean_and_spread([row[column] for row in found]) for column in found[0]}
-        rows.append({"system": name, **means, **kept})
-    notes = (
-        f"{seeds} seeds, {samples} samples of each; mean (spread). `valid`: FFmpeg decodes all pictures and finds no error; "
-        "`opens`: a reader shows all pictures, and makes up what it cannot decode. PSNR is of test clips after the codec."
+    free, raw = dataclasses.replace(config, constrained=False), in_pixels(config)
+    systems = {"S016 AVC-LM": config, "S016 AVC-LM, unconstrained": free, "codes of a VQ tokenizer of frames": codes}
+    if raw.codec.length <= MOST_PIXELS:
+        systems["bytes of pixels"] = raw
+    real = np.concatenate([batch["image"] for batch in held_out(config.data, batch_size=BATCH, limit=1000)])
+    claim = claims.compare_generators(
+        systems,
+        seeds=seeds,
+        samples=samples,
+        log=log,
+        each=lambda recipe, params, seed: _sampled(recipe, params, seed, samples, real),
+        same_weights={"S016 AVC-LM, unconstrained": "S016 AVC-LM"},
+        title="A Llama on H.264 bytes, with and without their grammar, against the same on codes; equal blocks, data and updates",
     )
-    return Claim("A Llama on H.264 bytes: samples that are clips, with the grammar and without it", rows, notes)
+    codec = config.build_codec()
+    size = np.mean([len(codec.encode(clip)) for clip in real[:100]])
+    notes = (
+        "`valid`: FFmpeg decodes all pictures and finds no error; `opens`: a reader shows all pictures, and makes up what it "
+        f"cannot decode. Real clips take {size:.1f} bytes. Detail is the mean squared difference of neighbouring pixels, as a "
+        "share of the real clips'. Samples that are not valid count as grey clips in all measures. An image is a clip here."
+    )
+    return claim._replace(notes=f"{claim.notes} {notes}")
 
 
-def _sampled(config: ByteClipConfig, params: dict, seed: int, samples: int) -> dict:
+def _sampled(recipe: Recipe, params: dict, seed: int, samples: int, real: np.ndarray) -> dict:
     """What is to be known of samples, whose classes come in turn."""
-    recipe, tokenizer = config.recipe(), config.build_tokenizer()
-    codec, files, valid = tokenizer.codec, [], []
-    for i in range(0, samples, BATCH):
-        labels = np.arange(i, i + BATCH, dtype=np.int32) % config.num_classes
-        out = recipe.sample(params, jax.random.fold_in(jax.random.key(seed), i), labels, cfg=0.0)
-        files += [tokenizer.file(row) for row in np.asarray(out["tokens"])]
-        valid += np.asarray(out["valid"]).tolist()
-    files, valid = files[:samples], valid[:samples]
-    return {
-        "valid": float(np.mean(valid)),
-        "opens": float(np.mean([codec.opens(codec.file(data)) for data in files])),
-        "bytes a clip": float(np.mean([len(data) for data in files])),
+    labels, files = np.arange(samples, dtype=np.int32) % recipe.config.num_classes, isinstance(recipe.config, ByteClipConfig)
+    names, key = ("clips", "tokens", "valid") if files else ("clips",), jax.random.key(seed)
+    out = sample_outputs(recipe, params, key, labels, names=names, batch_size=min(BATCH, samples), cfg=0.0)
+    row = {"detail, share of real": _detail(out["clips"]) / _detail(np.asarray(pixels(real)))}
+    row["test nats a token"] = claims.test_nats(recipe, params)
+    if not files or not recipe.config.build_grammar():
+        return row
+    tokenizer = recipe.config.build_tokenizer()
+    streams = [tokenizer.file(tokens) for tokens in out["tokens"]]
+    return row | {
+        "valid": float(np.mean(out["valid"])),
+        "opens": float(np.mean([tokenizer.codec.opens(tokenizer.codec.file(data)) for data in streams])),
+        "bytes a clip": float(np.mean([*map(len, streams)])),
     }
 
 
-def _kept(config: ByteClipConfig, limit: int = 100) -> dict:
-    """What the codec does to test clips."""
-    codec, source = config.build_codec(), config.data.source("test")
-    clips = [source[i]["clip"] for i in range(min(limit, len(source)))]
-    files = [codec.encode(clip) for clip in clips]
-    real, again = (pixels(jnp.asarray(np.concatenate(x))) for x in (clips, [*map(codec.decode, files)]))  # pictures
-    return {
-        "bytes a real clip": round(float(np.mean([*map(len, files)])), 1),
-        "PSNR of the codec": round(float(psnr(real, again).mean()), 2),
-    }
+def _detail(clips: np.ndarray) -> float:
+    return detail(clips.reshape(-1, *clips.shape[2:]))

@@ -10,12 +10,17 @@ import numpy as np
 from jaxgen.data.clips import ClipConfig, ClipSource
 from jaxgen.data.loader import stream
 from jaxgen.decoding import H264Grammar
+from jaxgen.recipe import Recipe
 from jaxgen.recipes.byte_files import LEARNT_FROM, ByteFileConfig, FileCodecConfig
+from jaxgen.recipes.clips import judge_stage, resolve_clips
 from jaxgen.recipes.fields import check_fields
-from jaxgen.tokenizers.bytes import ByteTokenizer
+from jaxgen.recipes.next_scale import ClassifierConfig
+from jaxgen.tokenizers.bytes import ByteTokenizer, PixelCodec
 from jaxgen.tokenizers.video import H264Codec
 
 __all__ = ["ByteClipConfig", "ClipCodecConfig"]
+
+KINDS = ("h264", "pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +29,18 @@ class ClipCodecConfig(FileCodecConfig):
 
     Attributes:
       length, merges, pairs: see `FileCodecConfig`.
+      kind: "h264", or "pixels" for a byte a number.
       quantiser, restart: see `H264Codec`.
     """
 
     length: int = 256
+    kind: str = "h264"
     quantiser: int = 37
     restart: int = 0
 
     def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"codec.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
         check_fields("codec", self, quantiser=0, restart=0)
         super().__post_init__()
         if self.quantiser > 51:
@@ -44,13 +53,13 @@ class ByteClipConfig(ByteFileConfig):
 
     data: ClipConfig = ClipConfig()
     codec: ClipCodecConfig = ClipCodecConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
 
-    shows = "clips"
     modality = "video"
 
     def __post_init__(self):
         for name in ("height", "width"):
-            if getattr(self.data, name) % 2:
+            if self.codec.kind == "h264" and getattr(self.data, name) % 2:
                 raise ValueError(f"data.{name}={getattr(self.data, name)}: H.264 needs an even number")
 
     def resolve(self) -> ByteClipConfig:
@@ -60,11 +69,7 @@ class ByteClipConfig(ByteFileConfig):
           ValueError: the data cannot be read, have more classes, or streams longer than `codec.length` among a hundred of each
             split.
         """
-        train, path = self.data.source("train"), self.data.path
-        if train.num_classes > self.model.num_classes:
-            raise ValueError(f"model.num_classes={self.model.num_classes}: {path} has {train.num_classes} classes")
-        height, width = train.shape[1:3]
-        config = dataclasses.replace(self, data=dataclasses.replace(self.data, height=height, width=width))
+        config, train = dataclasses.replace(self, data=resolve_clips(self.data, self.num_classes)), self.data.source("train")
         config = config.with_pairs(config._files(train, LEARNT_FROM))
         for source in (train, self.data.source("test")):
             config.check_length(config._files(source, 100))
@@ -76,14 +81,18 @@ class ByteClipConfig(ByteFileConfig):
         codec = self.build_codec()
         return (codec.encode(source[i]["clip"]) for i in some)
 
-    def build_codec(self) -> H264Codec:
+    def build_codec(self) -> H264Codec | PixelCodec:
         """See `ByteFileConfig`; sizes that only the data can tell are those of the digits."""
         data = self.data
         size = dict(height=data.height or 16, width=data.width or 32)
+        if self.codec.kind == "pixels":
+            return PixelCodec((data.frames, *size.values(), data.channels))
         return H264Codec(frames=data.frames, quantiser=self.codec.quantiser, restart=self.codec.restart, **size)
 
-    def build_grammar(self) -> H264Grammar:
-        """See `ByteFileConfig`."""
+    def build_grammar(self) -> H264Grammar | None:
+        """See `ByteFileConfig`; pixels have none."""
+        if self.codec.kind == "pixels":
+            return None
         codec = self.build_codec()
         down, across = (-(-size // 16) for size in codec.shape[1:3])
         return H264Grammar(headers=codec.headers, mbs=down * across, across=across, restart=codec.restart)
@@ -94,6 +103,13 @@ class ByteClipConfig(ByteFileConfig):
         shard = dict(shard_index=shard_index, shard_count=shard_count, workers=self.data.workers)
         batch = dict(batch_size=self.model_train.batch_size, train=split == "train")
         return stream(source, _as_it_is, random=False, seed=self.data.seed, **batch, **shard)
+
+    def recipe(self) -> Recipe:
+        """The stages and the sampler."""
+        base = super().recipe()
+        if not self.classifier.steps:
+            return base
+        return dataclasses.replace(base, stages=(*base.stages, judge_stage(self.classifier, self.data, self.num_classes)))
 
 
 class _Streams:

@@ -19,7 +19,7 @@ from jaxgen.decoding import FileGrammar, FileTokens, Settings
 from jaxgen.generators import ImageLlama, NextTokenSampler
 from jaxgen.objectives.likelihood import cross_entropy, drop_labels
 from jaxgen.optim import adamw
-from jaxgen.recipe import Recipe, Stage, modules
+from jaxgen.recipe import PICTURES, Recipe, Stage, modules
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import RULES, ImageLlamaModelConfig
 from jaxgen.recipes.next_scale import ModelTrainConfig
@@ -77,9 +77,7 @@ class ByteFileConfig:
     constrained: bool = True
     run: RunConfig = RunConfig()
 
-    # Facts of the class, not fields: what samples are called, and `Recipe.modality`.
-    shows = "images"
-    modality = "image"
+    modality = "image"  # see `Recipe`; a fact of the class, not a field
 
     def build_codec(self) -> Codec:
         """Between what the data are and bytes."""
@@ -201,14 +199,14 @@ def _sample(
     """Files of classes; settings are those of `jaxgen.decoding.Settings`, `constrained` as in `build_sampler`.
 
     Returns:
-      What the files show as `config.shows` [b, ..., H, W, C], grey where "valid" [b] is false, and the bytes as "tokens" [b, l],
-      see `save_files`.
+      What the files show as "images" or "clips" [b, ..., H, W, C], grey where "valid" [b] is false, and the bytes as "tokens"
+      [b, l], see `save_files`.
     """
     sampler = config.build_sampler(constrained)
     variables = modules(params)
     _, tokens = dataclasses.replace(sampler, tokenizer=None)(variables, key, labels, Settings(**settings))
     pictures, valid = sampler.tokenizer.apply({}, tokens, method="read")
-    return {config.shows: pictures, "tokens": tokens, "valid": valid}
+    return {PICTURES[config.modality]: pictures, "tokens": tokens, "valid": valid}
 
 
 def save_files(folder: str | os.PathLike, tokenizer: ByteTokenizer, tokens) -> list[storage.Place]:

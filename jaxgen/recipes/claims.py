@@ -84,6 +84,7 @@ def compare_generators(
     samples: int,
     log: Callable[[str], None],
     columns: Callable[[Recipe, dict], dict] | None = None,
+    each: Callable[[Recipe, dict, int], dict] | None = None,
     same_weights: Mapping[str, str] | None = None,
     title: str = "Generators of equal size on the same final grid of tokens, data and training budget",
 ) -> Claim:
@@ -101,6 +102,7 @@ def compare_generators(
       log: takes progress lines.
       columns: `(recipe, parameters by stage) -> {column: value}`, of the last seed; they come last, and replace others of their
         names.
+      each: `(recipe, parameters by stage, seed) -> {column: number}`, of every seed.
       same_weights: systems that sample with the weights of an earlier one, {name: the earlier one's}.
       title: of the table.
 
@@ -130,6 +132,7 @@ def compare_generators(
                     "PSNR of tokens": result["reconstruction"]["psnr"],
                     "class accuracy": result["generation"]["class_accuracy"],
                     "Frechet": result["generation"]["frechet"],
+                    **(each(recipe, params, seed) if each else {}),
                 }
             )
         order = getattr(recipe.config.build_generator(), "order", None)
@@ -175,7 +178,7 @@ def sampling_costs(recipe: Recipe, params, *, batch: int = 16) -> dict:
     labels = np.arange(batch, dtype=np.int32) % recipe.config.num_classes
 
     def draw(params, key):
-        return recipe.sample(params, key, labels)["images"]
+        return recipe.sample(params, key, labels)[recipe.shows]
 
     return _program_costs("sampling", batch, draw, params, jax.random.key(0))
 
@@ -350,6 +353,6 @@ def seconds_an_image(systems: Sequence[tuple[Recipe, Any]], batch: int, repeats:
         for (recipe, params), measured in zip(systems, seconds):
             labels = np.arange(batch, dtype=np.int32) % recipe.config.num_classes
             start = time.perf_counter()
-            jax.block_until_ready(recipe.sample(params, jax.random.key(i), labels)["images"])
+            jax.block_until_ready(recipe.sample(params, jax.random.key(i), labels)[recipe.shows])
             measured.append(time.perf_counter() - start)
     return [statistics.median(measured[1:]) / batch for measured in seconds]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from jaxgen.data import DataConfig, image_batches, pixels
+from jaxgen.data import DataConfig, Pictures, image_batches, pixels
 from jaxgen.nn.classifier import Classifier
 from jaxgen.objectives.likelihood import cross_entropy
 from jaxgen.recipe import Stage
@@ -30,7 +30,7 @@ def random_shift(key: Key[Array, ""], images: Float[Array, "b H W C"], most: int
 
 
 def classifier_stage(
-    data_config: DataConfig,
+    data_config: DataConfig | Pictures,
     *,
     num_classes: int,
     width: int = 16,

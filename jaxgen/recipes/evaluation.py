@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgen import metrics
-from jaxgen.data import DataConfig, batches, make_source, pixels
+from jaxgen.data import DataConfig, Pictures, image_batches, pixels
+from jaxgen.data.clips import ClipPictures, stacked
 from jaxgen.hosts import to_host
 from jaxgen.nn.classifier import Classifier
 from jaxgen.nn.perceptual import lpips
@@ -32,11 +33,10 @@ __all__ = [
 ]
 
 
-def held_out(data: DataConfig, *, batch_size: int, limit: int, split: str = "test") -> Iterator[dict[str, np.ndarray]]:
+def held_out(data: DataConfig | Pictures, *, batch_size: int, limit: int, split: str = "test") -> Iterator[dict[str, np.ndarray]]:
     """Batches of the first `limit` examples of a split, in a fixed order; the last one may be smaller."""
-    source = make_source(data, split)
-    left = min(limit, len(source))
-    for batch in batches(source, data, batch_size=batch_size, train=False):
+    left = limit
+    for batch in image_batches(data, batch_size, split, 0, 1, endless=False):
         take = min(left, len(batch["label"]))
         if take:
             yield {name: values[:take] for name, values in batch.items()}
@@ -48,7 +48,7 @@ def held_out(data: DataConfig, *, batch_size: int, limit: int, split: str = "tes
 def measure_reconstruction(
     tokenizer,
     variables,
-    data: DataConfig,
+    data: DataConfig | Pictures,
     *,
     batch_size: int = 64,
     limit: int = 10_000,
@@ -60,7 +60,7 @@ def measure_reconstruction(
     Args:
       tokenizer: a module with methods `encode` and `decode`, and the field `vocab` where tokens are discrete.
       variables: its parameters.
-      data: whose test split is encoded and decoded.
+      data: whose test split is encoded and decoded; of clips, whose frames count as channels of one image, PSNR and SSIM.
       inception: `(module, variables)` of `interop.inception.load`: "rfid" is the Frechet distance between the held-out images
         and their reconstructions, both as uint8, and "rsfid" the one of spatial features.
       perceptual: weights of `nn.perceptual.load_perceptual`, for the mean LPIPS.
@@ -70,6 +70,7 @@ def measure_reconstruction(
     def one(variables, images, perceptual):
         tokens = tokenizer.apply(variables, images, method="encode")
         output = tokenizer.apply(variables, tokens, method="decode")
+        images, output = _as_images(images), _as_images(output)
         scores = {"psnr": metrics.psnr(images, output), "ssim": metrics.ssim(images, output)}
         if perceptual is not None:
             scores["lpips"] = lpips(perceptual, images, output)
@@ -94,13 +95,18 @@ def measure_reconstruction(
     return result
 
 
+def _as_images(pictures):
+    """Images as they are, and of clips their frames behind one another."""
+    return pictures if pictures.ndim == 4 else stacked(pictures)
+
+
 def _add(stats: dict[str, metrics.FeatureStats], observed: dict[str, jax.Array]) -> dict[str, metrics.FeatureStats]:
     """With the features of one more batch."""
     new = {name: metrics.FeatureStats.of(observed[name]) for name in ("pool", "spatial")}
     return {name: stats[name].merge(x) if stats else x for name, x in new.items()}
 
 
-def real_features(classifier, variables, data: DataConfig, *, split: str, batch_size: int = 256, limit: int = 10_000):
+def real_features(classifier, variables, data: DataConfig | Pictures, *, split: str, batch_size: int = 256, limit: int = 10_000):
     """(features [n, d], logits [n, v], labels [n]) of real images under a classifier."""
     parts = []
     for batch in held_out(data, batch_size=batch_size, limit=limit, split=split):
@@ -113,7 +119,7 @@ def measure_samples(
     variables,
     images: np.ndarray,
     labels: np.ndarray,
-    data: DataConfig,
+    data: DataConfig | Pictures,
     *,
     batch_size: int = 256,
     limit: int = 10_000,
@@ -160,8 +166,8 @@ def _apply(classifier, variables, images):
 
 
 def sample_many(recipe, params: Mapping[str, Any], key, labels: np.ndarray, **options) -> np.ndarray:
-    """Images [n, H, W, C] for many labels; arguments are those of `sample_outputs`."""
-    return sample_outputs(recipe, params, key, labels, names=("images",), **options)["images"]
+    """Images [n, H, W, C], or clips [n, f, H, W, C], for many labels; arguments are those of `sample_outputs`."""
+    return sample_outputs(recipe, params, key, labels, names=(recipe.shows,), **options)[recipe.shows]
 
 
 def sample_outputs(
@@ -178,7 +184,7 @@ def sample_outputs(
     """What a recipe's sampler makes for many labels, in compiled batches; the last one is padded so that nothing is recompiled.
 
     Args:
-      recipe: of images.
+      recipe: of images or clips.
       params: by stage.
       key: of all samples.
       labels: of the samples, [n], or what `Recipe.prompts` made of captions, [n, ...].
@@ -204,10 +210,10 @@ def sample_outputs(
 def evaluate_images(
     recipe, params, key, *, num: int, batch_size: int, settings: dict, mesh: Mesh | None = None
 ) -> tuple[dict, np.ndarray]:
-    """Everything that can be measured of a trained image recipe.
+    """Everything that can be measured of a trained recipe of images or clips, whose frames count as channels of one image.
 
     Args:
-      recipe: of images by class, with the stage "classifier" if samples are to be judged; its configuration has `data`,
+      recipe: of classes, with the stage "classifier" if samples are to be judged; its configuration has `data`,
         `num_classes`, `classifier` and `build_tokenizer()`.
       params: by stage.
       key: for the samples.
@@ -217,7 +223,7 @@ def evaluate_images(
       mesh: where `params` lie and samples are made; what is measured of them, each process measures by itself.
 
     Returns:
-      ({"reconstruction": ..., "generation": ...}, the samples [num, H, W, C] sorted by class).
+      ({"reconstruction": ..., "generation": ...}, the samples [num, ..., H, W, C] sorted by class).
 
     Raises:
       ValueError: fewer samples than classes.
@@ -236,7 +242,8 @@ def evaluate_images(
     generation = {"settings": dict(settings)}
     if "classifier" in variables:
         classifier = Classifier(num_classes=classes, width=config.classifier.width)
-        generation |= measure_samples(classifier, variables["classifier"], images, labels, config.data)
+        data = config.data if images.ndim == 4 else ClipPictures(config.data, apart=False)
+        generation |= measure_samples(classifier, variables["classifier"], _as_images(images), labels, data)
     else:
         generation["note"] = "not judged: the recipe has no classifier (classifier.steps=0)"
     return {"reconstruction": reconstruction, "generation": generation}, images

@@ -34,8 +34,13 @@ class NeighbourConfig(ImageLlamaConfig):
         return NeighbourLlama(**self._generator_fields())
 
 
-def in_raster_order(config: NeighbourConfig) -> ImageLlamaConfig:
-    """The Llama of the same data, tokenizer, training and number of blocks that makes one token a call."""
+def in_raster_order(config: NeighbourConfig, cls: type[ImageLlamaConfig] = ImageLlamaConfig) -> ImageLlamaConfig:
+    """The Llama of the same data, tokenizer, training and number of blocks that makes one token a call.
+
+    Args:
+      config: of the other order.
+      cls: of the result, for the same data.
+    """
     model = config_lib.fields_of(config.model, ImageLlamaModelConfig)
-    model["depth"] += config.model.head_depth
-    return ImageLlamaConfig(**config_lib.fields_of(config) | dict(model=ImageLlamaModelConfig(**model)))
+    model["depth"] = config.build_generator().layers
+    return cls(**config_lib.fields_of(config) | dict(model=ImageLlamaModelConfig(**model)))

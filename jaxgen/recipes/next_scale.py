@@ -261,12 +261,15 @@ class NextScaleConfig:
         """What trains the tokenizer."""
         return tokenizer_stage(self.tokenizer_train, self.data, self.build_tokenizer())
 
+    def judge_stage(self) -> Stage:
+        """What trains the judge of samples, a classifier of the data."""
+        return classifier_stage(self.data, num_classes=self.num_classes, **dataclasses.asdict(self.classifier))
+
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
         stages = [self.tokenizer_stage(), generator_stage(self)]
         if self.classifier.steps:
-            fields = dataclasses.asdict(self.classifier)
-            stages.append(classifier_stage(self.data, num_classes=self.model.num_classes, **fields))
+            stages.append(self.judge_stage())
         return Recipe(config=self, stages=tuple(stages), sample=functools.partial(sample_images, self.build_sampler()))
 
 

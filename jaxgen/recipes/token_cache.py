@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxgen.data import DataConfig, image_batches, make_source, pixels
+from jaxgen.data import DataConfig, Pictures, image_batches, make_source, pixels
 from jaxgen.data.token_cache import TokenSource, digest, token_batches, write_tokens
 from jaxgen.hosts import to_host
 from jaxgen.recipe import modules
@@ -81,7 +81,7 @@ def _say(log: Callable[[str], None], split: str, line: str) -> None:
         log(f"{split}: {line}")
 
 
-def code_batches(data: DataConfig, batch_size: int, split: str, shard_index: int, shard_count: int):
+def code_batches(data: DataConfig | Pictures, batch_size: int, split: str, shard_index: int, shard_count: int):
     """Batches for a generator: of "tokens" and labels where `data.tokens` names a cache, of images and labels otherwise.
 
     Raises:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgen.data import DataConfig, image_batches, pixels
+from jaxgen.data import DataConfig, Pictures, image_batches, pixels
 from jaxgen.metrics import psnr
 from jaxgen.nn.discriminator import PatchDiscriminator
 from jaxgen.nn.perceptual import NO_PERCEPTUAL, load_perceptual, lpips
@@ -76,7 +76,11 @@ class TokenizerTrainConfig:
 
 
 def tokenizer_stage(
-    config: TokenizerTrainConfig, data_config: DataConfig, tokenizer: MultiScaleTokenizer, *, name: str = "tokenizer"
+    config: TokenizerTrainConfig,
+    data_config: DataConfig | Pictures,
+    tokenizer: MultiScaleTokenizer,
+    *,
+    name: str = "tokenizer",
 ) -> Stage:
     """The stage that trains `tokenizer`; its parameters are `{"tokenizer": ..., "discriminator": ...}`."""
     adversarial = config.adversarial_weight > 0

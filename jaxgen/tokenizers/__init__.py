@@ -5,6 +5,7 @@ from jaxgen.tokenizers.bytes import ByteTokenizer, PixelCodec
 from jaxgen.tokenizers.conv import ConvAutoencoder, ConvDecoder, ConvEncoder
 from jaxgen.tokenizers.diffusion import DiffusionTokenizer
 from jaxgen.tokenizers.flexible import FlexibleTokenizer
+from jaxgen.tokenizers.frames import FrameTokenizer
 from jaxgen.tokenizers.frequency import FrequencyTokenizer
 from jaxgen.tokenizers.jpeg import JpegCodec
 from jaxgen.tokenizers.multi_scale import MultiScaleTokenizer, Reconstruction
@@ -19,6 +20,7 @@ __all__ = [
     "ConvEncoder",
     "DiffusionTokenizer",
     "FlexibleTokenizer",
+    "FrameTokenizer",
     "FrequencyTokenizer",
     "JpegCodec",
     "MultiScaleTokenizer",

@@ -48,7 +48,7 @@ class PixelCodec:
     """Pixels as they are, a byte a number, row by row: what ImageGPT and its like predict (Chen et al. 2020).
 
     Attributes:
-      shape: of the images.
+      shape: of the images or clips.
     """
 
     shape: tuple[int, ...]

@@ -36,13 +36,22 @@ def test_two_coordinates_turn_a_half_each():
     np.testing.assert_allclose(rotate(jnp.float32(x), pos)[0], np.concatenate(halves, -1), atol=2e-5)
 
 
+def test_time_turns_what_three_coordinates_leave():
+    """Of 8 numbers 2 for a row, 2 for a column and the other 4 for the frame."""
+    x = np.random.default_rng(2).normal(size=(1, 3, 1, 8))
+    pos = np.array([[[0, 5, 1], [1, 2, 0], [3, 0, 7]]])
+    parts = [turned(x[0, ..., a:b], pos[0, :, i, None], 10000.0) for i, (a, b) in enumerate([(0, 4), (4, 6), (6, 8)])]
+    np.testing.assert_allclose(rotate(jnp.float32(x), pos)[0], np.concatenate(parts, -1), atol=2e-5)
+
+
 def test_positions_that_do_not_fit():
     x = jnp.ones((2, 5, 1, 8))
     for pos in (jnp.arange(4), jnp.zeros((3, 5)), jnp.zeros((5, 2))):
         with pytest.raises(ValueError, match="do not fit x"):
             rotate(x, pos)
-    with pytest.raises(ValueError, match="head size 8 is not 3 even parts"):
-        rotate(x, jnp.zeros((1, 5, 3)))
+    for size, coordinates in ((7, 1), (4, 3)):
+        with pytest.raises(ValueError, match=f"head size {size}: expected an even number, at least 2 for each of {coordinates}"):
+            rotate(x[..., :size], jnp.zeros((1, 5, coordinates)))
 
 
 LENGTH = 6

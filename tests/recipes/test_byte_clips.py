@@ -1,5 +1,6 @@
 """S016 AVC-LM as a recipe: batches are streams of clips, samples are clips and files, and what is refused."""
 
+import dataclasses
 import io
 import json
 import math
@@ -12,8 +13,10 @@ import pytest
 from configs import avc_lm
 from jaxgen import cli
 from jaxgen import config as config_lib
+from jaxgen.data.clips import ClipConfig
 from jaxgen.decoding.file_tokens import ENDED
 from jaxgen.generators import next_token_sampler
+from jaxgen.recipes.byte_clip_claims import MOST_PIXELS, in_pixels
 from jaxgen.recipes.byte_clips import ClipCodecConfig
 from jaxgen.recipes.byte_files import save_files
 from jaxgen.tokenizers.bytes import END, from_tokens, to_tokens
@@ -146,9 +149,10 @@ def test_trains_and_samples(tmp_path):
 @pytest.mark.slow
 def test_the_claim_trains_samples_and_measures():
     (claim,) = avc_lm.claim("smoke", seeds=1, log=lambda line: None)
-    ours, free = claim.rows
-    assert ours["valid"] == ours["opens"] == 1.0 > free["valid"] and ours["test nats a clip"] == free["test nats a clip"]
-    assert 25 < ours["PSNR of the codec"] < 40 and 0 < ours["bytes a real clip"] < CONFIG.codec.length
+    ours, free, codes = claim.rows
+    assert ours["valid"] == ours["opens"] == 1.0 > free["valid"] and ours["test nats a token"] == free["test nats a token"]
+    assert 25 < ours["PSNR of tokens"] < 40 and ours["tokens"] == CONFIG.codec.length and codes["tokens"] == 64
+    assert ours["bytes a clip"] > 0 and "valid" not in codes and free["detail, share of real"] == 0
 
 
 def test_what_the_claim_refuses():
@@ -156,3 +160,18 @@ def test_what_the_claim_refuses():
         avc_lm.claim("smoke", seeds=0)
     with pytest.raises(ValueError, match="is not one of smoke, small"):
         avc_lm.claim("huge")
+
+
+def test_pixels_are_a_codec_too():
+    """As many tokens as numbers, of frames of any size; files of theirs have no grammar, and other lengths are not valid."""
+    small = dataclasses.replace(CONFIG, data=ClipConfig(frames=2, height=8, width=14))
+    config = in_pixels(small).resolve()
+    assert config.codec.length == 2 * 8 * 14 * 3 <= MOST_PIXELS and config.build_grammar() is None
+    clip, tokenizer = config.data.source("train")[3]["clip"], config.build_tokenizer()
+    np.testing.assert_array_equal(tokenizer.codec.decode(tokenizer.file(tokenizer.tokens(clip.tobytes()))), clip)
+    with pytest.raises(ValueError, match="671 bytes: expected 672"):
+        tokenizer.codec.decode(clip.tobytes()[:-1])
+    odd = dataclasses.replace(config, data=ClipConfig(frames=2, height=8, width=15))
+    assert odd.build_codec().shape == (2, 8, 15, 3)
+    with pytest.raises(ValueError, match="codec.kind='avi': expected one of h264, pixels"):
+        config_lib.override(CONFIG, ["codec.kind=avi"])

@@ -87,6 +87,8 @@ def test_reconstruction_in_the_eyes_of_a_network():
 class Painter:
     """A recipe whose image i shows its label, its place and the call's noise."""
 
+    shows = "images"
+
     def __init__(self):
         self.batches, self.settings = [], []
 
@@ -149,7 +151,7 @@ def halves():
     def sample(params, key, labels, **settings):
         return {"images": jnp.broadcast_to(labels[:, None, None, None], (len(labels), 8, 8, 1)).astype(jnp.float32)}
 
-    return types.SimpleNamespace(config=config, sample=sample)
+    return types.SimpleNamespace(config=config, sample=sample, shows="images")
 
 
 def test_everything_at_once(halves):
