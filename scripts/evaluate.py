@@ -1,5 +1,5 @@
-"""Measures a work directory: reconstruction of held-out images, and samples in the eyes of a classifier of the real ones; of
-models of captions their likelihood with right and wrong captions and, on the world, what the oracle says of samples.
+"""Measures a work directory: reconstruction of held-out images or clips, and samples in the eyes of a classifier of the real
+ones; of models of captions their likelihood with right and wrong captions and, on the world, what the oracle says of samples.
 
 python scripts/evaluate.py --workdir runs/mnist --num 1000 --cfg 1.5 --top_p 0.96
 python scripts/evaluate.py --workdir runs/d16 --num 50000 --inception pt_inception-2015-12-05-6726825d.pth \

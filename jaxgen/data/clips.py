@@ -105,6 +105,8 @@ class ClipPictures:
     clips: ClipConfig
     apart: bool
 
+    tokens = ClipConfig.tokens
+
     @property
     def channels(self) -> int:
         """Of an image."""

@@ -41,12 +41,14 @@ def cache_tokens(
       views: of each training image; test images are seen once.
 
     Raises:
-      ValueError: see `write_tokens`.
+      ValueError: data that are not images, or see `write_tokens`.
 
     Example:
       >>> recipe, params = cli.open_workdir("runs/tokenizer")
       >>> cache_tokens(recipe.config, params, "imagenet_tokens", views=10, batch_size=256)
     """
+    if not isinstance(config.data, DataConfig):
+        raise ValueError(f"data of type {type(config.data).__name__}: tokens are cached of images alone")
     tokenizer, variables = config.build_tokenizer(), to_host(modules(params).get("tokenizer", {}))
     devices = jax.local_devices()
     mesh = make_mesh(devices=devices)

@@ -13,6 +13,7 @@ from jaxgen.generators import next_token_sampler
 from jaxgen.recipes.clip_tokens import ClipLlamaConfig
 from jaxgen.recipes.evaluation import evaluate_images
 from jaxgen.recipes.neighbours import in_raster_order
+from jaxgen.recipes.token_cache import cache_tokens
 
 EDITS = ("tokenizer.ch=4", "tokenizer.groups=2", "tokenizer.z_channels=4", "model_train.class_drop=0", "model_train.batch_size=8")
 CONFIG = config_lib.override(nar_clips.build("smoke"), EDITS)
@@ -100,6 +101,8 @@ def test_what_is_refused():
             config_lib.override(CONFIG, [edit]).resolve()
     with pytest.raises(ValueError, match="next-token models take one scale"):
         config_lib.override(CONFIG, ["tokenizer.patch_nums=1,4"])
+    with pytest.raises(ValueError, match="data of type ClipConfig: tokens are cached of images alone"):
+        cache_tokens(CONFIG, {}, "nowhere")
     with pytest.raises(ValueError, match="variant 'tiny' is not one of smoke, small, films, paper"):
         nar_clips.get_config("tiny")
     with pytest.raises(ValueError, match="seeds=0: expected at least 1"):
