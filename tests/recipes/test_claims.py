@@ -94,6 +94,12 @@ def test_equal_tokenizers_are_trained_once_and_own_columns_come_last(trained, ju
     assert claim.rows[1]["own"] == ["classifier", "generator", "tokenizer"]
 
 
+def test_columns_of_every_seed_have_a_spread(trained, judged):
+    each = {"each": lambda recipe, params, seed: {"own": float(np.mean(params["generator"]["generator"]["w"])) + seed}}
+    claim = claims.compare_generators({"A": BASE}, seeds=2, samples=30, log=lambda line: None, **each)
+    assert claim.rows[0]["own"] == "51 (1e+02)" and [call["generator"] for call in judged] == [0, 101]
+
+
 def test_costs_of_sampling_and_of_an_update(quick_compiles):
     """Against the matrices' sizes: an update takes some three times a forward pass of the generator, and the frozen tokenizer."""
     config = config_lib.override(
@@ -175,7 +181,7 @@ def test_seconds_an_image_are_warm_and_per_image(monkeypatch):
         seen.append(labels.tolist())
         return {"images": jnp.zeros(3)}
 
-    recipe = types.SimpleNamespace(config=BASE, sample=sample)
+    recipe = types.SimpleNamespace(config=BASE, sample=sample, shows="images")
     assert claims.seconds_an_image([(recipe, {})], 5, repeats=3) == [4.0 / 5]
     assert seen == [[0, 1, 2, 0, 1]] * 4
 
@@ -191,7 +197,7 @@ def test_seconds_of_systems_are_taken_in_turns(monkeypatch):
             turns.append(name)
             return {"images": jnp.zeros(3)}
 
-        return types.SimpleNamespace(config=BASE, sample=sample), {}
+        return types.SimpleNamespace(config=BASE, sample=sample, shows="images"), {}
 
     assert claims.seconds_an_image([system("A", 2.0), system("B", 6.0)], 2, repeats=2) == [1.0, 3.0]
     assert turns == ["A", "B"] * 3

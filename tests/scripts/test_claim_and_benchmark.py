@@ -65,6 +65,10 @@ def test_a_claim_is_printed_and_appended(toy, succeeds, refused, tmp_path):
     assert refused("claim", "S900", "--results", results) == "system 'S900': there are 'S900 Toy', 'S900 Twin'"
     succeeds("claim", "S900 Twin", "--budget", "some", "--results", results)
     assert "## S900 Twin: counts to three" in results.read_text()
+    (tmp_path / "configs" / "third.py").write_text(toy.replace("S900 Toy", "S900 Twin of clips"))
+    for system in ("S900 Twin", "S900 Twin of clips"):  # a whole name is one, whatever goes on behind it
+        succeeds("claim", system, "--budget", "some", "--results", results)
+    assert results.read_text().count("## S900 Twin: ") == 2 and "## S900 Twin of clips: " in results.read_text()
 
 
 def test_the_claim_of_s047_is_found(monkeypatch, succeeds, refused, tmp_path):
