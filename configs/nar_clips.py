@@ -9,7 +9,8 @@ f frames of h x w tokens take f + h + w - 2 calls of the model. NAR of images is
 Variants: `smoke` (seconds on a CPU), `small` (handwritten digits that move, 4 frames of 16 x 32 pixels, minutes on a CPU),
 `films` (the films of an npz file, each a class: `--set data.path=clips.npz`), and `paper`: NAR-L for the 101 classes of UCF-101,
 4 x 16 x 16 tokens of 8192 codes. The authors take LARP's tokenizer, which makes these tokens of 16 frames of 128 x 128 pixels;
-here a frame is read by itself, so that a clip is every fourth of them. Their models add learned positions, which here turn.
+here a frame is read by itself, so that a clip is every fourth of them. Their models add learned positions, which here turn, and
+their MLPs have no gates.
 """
 
 from __future__ import annotations
