@@ -8,9 +8,9 @@ Captions are bytes, and what encodes them is trained along; the authors' encoder
 `data.captions` bytes, which the generator does not see; one that is longer is an error, unless `data.cut_captions=true`. A tenth
 of them are dropped for guidance. On the procedural world an oracle says how often samples are what their captions say.
 
-Variants: `smoke` (nothing is learnt) and `small` (for a CPU; its budget is a guess that has not been run to its end) are on the
-procedural world at 16 and 32 pixels; one's own images take `data.path=...npz data.image_size=32`, with captions beside them (see
-`jaxgen.data.DataConfig`).
+Variants: `smoke` (nothing is learnt) and `small` (an hour on a CPU, after which colours and backgrounds are what captions say and
+shapes are not yet) are on the procedural world at 16 and 32 pixels; one's own images take `data.path=...npz
+data.image_size=32`, with captions beside them (see `jaxgen.data.DataConfig`).
 `paper` is LlamaGen-XL for text at 256 pixels: their first stage, with 120 features of width 2048 a caption.
 """
 
