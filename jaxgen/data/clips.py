@@ -84,7 +84,11 @@ class ClipConfig:
           ValueError: see `source` and `jaxgen.data.batches`.
         """
         part = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
-        return stream(self.source(split), _as_image, random=False, seed=self.seed, workers=self.workers, **part)
+        return self.stream(self.source(split), _as_image, **part)
+
+    def stream(self, source, transform, **part):
+        """`jaxgen.data.loader.stream` in this configuration's order; a transform that draws nothing."""
+        return stream(source, transform, random=False, seed=self.seed, workers=self.workers, **part)
 
     def or_drawn(self) -> ClipConfig:
         """This, or clips of the same shape that are drawn where there is no file: for what needs shapes alone."""
@@ -114,9 +118,11 @@ class ClipPictures:
 
     def batches(self, split: str, *, batch_size: int, train: bool, shard_index: int = 0, shard_count: int = 1):
         """See `ClipConfig.batches`; "image" is uint8 [b, H, W, channels]."""
-        source, part = self.clips.source(split), dict(batch_size=batch_size, train=train)
-        part |= dict(shard_index=shard_index, shard_count=shard_count, seed=self.clips.seed, workers=self.clips.workers)
-        return stream(_Frames(source) if self.apart else source, _as_image if self.apart else _as_one_image, random=False, **part)
+        part = dict(batch_size=batch_size, train=train, shard_index=shard_index, shard_count=shard_count)
+        source = self.clips.source(split)
+        if self.apart:
+            return self.clips.stream(_Frames(source), _as_image, **part)
+        return self.clips.stream(source, _as_one_image, **part)
 
 
 def stacked(clips):

@@ -46,12 +46,13 @@ def compare_clips(
     if raw.codec.length <= MOST_PIXELS:
         systems["bytes of pixels"] = raw
     real = np.concatenate([batch["image"] for batch in held_out(config.data, batch_size=BATCH, limit=1000)])
+    real_detail = _detail(np.asarray(pixels(real)))
     claim = claims.compare_generators(
         systems,
         seeds=seeds,
         samples=samples,
         log=log,
-        each=lambda recipe, params, seed: _sampled(recipe, params, seed, samples, real),
+        each=lambda recipe, params, seed: _sampled(recipe, params, seed, samples, real_detail),
         same_weights={"S016 AVC-LM, unconstrained": "S016 AVC-LM"},
         title="A Llama on H.264 bytes, with and without their grammar, against the same on codes; equal blocks, data and updates",
     )
@@ -65,12 +66,12 @@ def compare_clips(
     return claim._replace(notes=f"{claim.notes} {notes}")
 
 
-def _sampled(recipe: Recipe, params: dict, seed: int, samples: int, real: np.ndarray) -> dict:
+def _sampled(recipe: Recipe, params: dict, seed: int, samples: int, real_detail: float) -> dict:
     """What is to be known of samples, whose classes come in turn."""
     labels, files = np.arange(samples, dtype=np.int32) % recipe.config.num_classes, isinstance(recipe.config, ByteClipConfig)
     names, key = ("clips", "tokens", "valid") if files else ("clips",), jax.random.key(seed)
     out = sample_outputs(recipe, params, key, labels, names=names, batch_size=min(BATCH, samples), cfg=0.0)
-    row = {"detail, share of real": _detail(out["clips"]) / _detail(np.asarray(pixels(real)))}
+    row = {"detail, share of real": _detail(out["clips"]) / real_detail}
     row["test nats a token"] = claims.test_nats(recipe, params)
     if not files or not recipe.config.build_grammar():
         return row

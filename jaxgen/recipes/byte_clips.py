@@ -8,19 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxgen.data.clips import ClipConfig, ClipSource
-from jaxgen.data.loader import stream
 from jaxgen.decoding import H264Grammar
-from jaxgen.recipe import Recipe
+from jaxgen.recipe import Stage
 from jaxgen.recipes.byte_files import LEARNT_FROM, ByteFileConfig, FileCodecConfig
 from jaxgen.recipes.clips import judge_stage, resolve_clips
 from jaxgen.recipes.fields import check_fields
-from jaxgen.recipes.next_scale import ClassifierConfig
 from jaxgen.tokenizers.bytes import ByteTokenizer, PixelCodec
 from jaxgen.tokenizers.video import H264Codec
 
 __all__ = ["ByteClipConfig", "ClipCodecConfig"]
-
-KINDS = ("h264", "pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +25,7 @@ class ClipCodecConfig(FileCodecConfig):
 
     Attributes:
       length, merges, pairs: see `FileCodecConfig`.
-      kind: "h264", or "pixels" for a byte a number.
+      kind: "h264" or "pixels", see there.
       quantiser, restart: see `H264Codec`.
     """
 
@@ -38,9 +34,9 @@ class ClipCodecConfig(FileCodecConfig):
     quantiser: int = 37
     restart: int = 0
 
+    kinds = ("h264", "pixels")
+
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"codec.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
         check_fields("codec", self, quantiser=0, restart=0)
         super().__post_init__()
         if self.quantiser > 51:
@@ -53,7 +49,6 @@ class ByteClipConfig(ByteFileConfig):
 
     data: ClipConfig = ClipConfig()
     codec: ClipCodecConfig = ClipCodecConfig()
-    classifier: ClassifierConfig = ClassifierConfig()
 
     modality = "video"
 
@@ -100,16 +95,12 @@ class ByteClipConfig(ByteFileConfig):
     def token_batches(self, split: str, shard_index: int, shard_count: int):
         """See `ByteFileConfig`; a clip's stream is made once."""
         source = _Streams(self.data.source(split), self.build_file_tokenizer())
-        shard = dict(shard_index=shard_index, shard_count=shard_count, workers=self.data.workers)
-        batch = dict(batch_size=self.model_train.batch_size, train=split == "train")
-        return stream(source, _as_it_is, random=False, seed=self.data.seed, **batch, **shard)
+        part = dict(shard_index=shard_index, shard_count=shard_count)
+        return self.data.stream(source, _as_it_is, batch_size=self.model_train.batch_size, train=split == "train", **part)
 
-    def recipe(self) -> Recipe:
-        """The stages and the sampler."""
-        base = super().recipe()
-        if not self.classifier.steps:
-            return base
-        return dataclasses.replace(base, stages=(*base.stages, judge_stage(self.classifier, self.data, self.num_classes)))
+    def judge_stage(self) -> Stage:
+        """See `ByteFileConfig`."""
+        return judge_stage(self.classifier, self.data, self.num_classes)
 
 
 class _Streams:

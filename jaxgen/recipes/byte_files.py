@@ -22,7 +22,7 @@ from jaxgen.optim import adamw
 from jaxgen.recipe import PICTURES, Recipe, Stage, modules
 from jaxgen.recipes.fields import check_fields
 from jaxgen.recipes.image_llama import RULES, ImageLlamaModelConfig
-from jaxgen.recipes.next_scale import ModelTrainConfig
+from jaxgen.recipes.next_scale import ClassifierConfig, ModelTrainConfig
 from jaxgen.tokenizers.bytes import END, ByteTokenizer, Codec
 from jaxgen.tokenizers.pairs import Pairs, learn_pairs
 from jaxgen.train.loop import RunConfig
@@ -40,13 +40,19 @@ class FileCodecConfig:
       length: tokens a model reads and makes; files with fewer are filled up, longer ones are cut.
       merges: tokens for pairs of bytes, of pairs, and so on; 0: a token is a byte.
       pairs: what they stand for, see `Pairs.merges`; empty until `resolve` has learnt them from training files.
+      kind: of the files, or "pixels" for a byte a number.
     """
 
     length: int = 64
     merges: int = 0
     pairs: tuple[int, ...] = ()
+    kind: str = "pixels"
+
+    kinds = ("pixels",)  # a fact of the class, not a field
 
     def __post_init__(self):
+        if self.kind not in self.kinds:
+            raise ValueError(f"codec.kind={self.kind!r}: expected one of {', '.join(self.kinds)}")
         check_fields("codec", self, length=1, merges=0)
         try:
             learnt = len(Pairs(self.pairs))
@@ -70,11 +76,13 @@ class ByteFileConfig:
 
     Attributes:
       constrained: sampling keeps to the grammar of the files, unless it is told otherwise.
+      classifier: that judges samples.
     """
 
     model: ImageLlamaModelConfig = ImageLlamaModelConfig()
     model_train: ModelTrainConfig = ModelTrainConfig()
     constrained: bool = True
+    classifier: ClassifierConfig = ClassifierConfig()
     run: RunConfig = RunConfig()
 
     modality = "image"  # see `Recipe`; a fact of the class, not a field
@@ -89,6 +97,10 @@ class ByteFileConfig:
 
     def token_batches(self, split: str, shard_index: int, shard_count: int):
         """Batches of the files' "tokens" [b, l] and the "label" [b] of each."""
+        raise NotImplementedError
+
+    def judge_stage(self) -> Stage:
+        """What trains the judge of samples, a classifier of the data."""
         raise NotImplementedError
 
     def with_pairs(self, files: Iterable[bytes]) -> ByteFileConfig:
@@ -139,13 +151,14 @@ class ByteFileConfig:
         return NextTokenSampler(generator=self.build_generator(), tokenizer=tokenizer, grammar=grammar, stop=END)
 
     def recipe(self) -> Recipe:
-        """The generator's stage and the sampler."""
+        """The generator's stage, that of the judge if it is trained, and the sampler."""
 
         def write(folder, tokens):
             return save_files(folder, self.build_tokenizer(), tokens)
 
         sample = functools.partial(_sample, self)
-        return Recipe(config=self, stages=(_stage(self),), sample=sample, write=write, modality=self.modality)
+        stages = (_stage(self), *([self.judge_stage()] if self.classifier.steps else []))
+        return Recipe(config=self, stages=stages, sample=sample, write=write, modality=self.modality)
 
 
 def likelihood(logits, tokens) -> dict:

@@ -9,18 +9,15 @@ import numpy as np
 
 from jaxgen.data import DataConfig, image_batches, make_source
 from jaxgen.decoding import JpegGrammar
-from jaxgen.recipe import Recipe
+from jaxgen.recipe import Recipe, Stage
 from jaxgen.recipes.byte_files import LEARNT_FROM, ByteFileConfig, FileCodecConfig
 from jaxgen.recipes.classifier import classifier_stage
 from jaxgen.recipes.fields import check_fields
-from jaxgen.recipes.next_scale import ClassifierConfig
 from jaxgen.recipes.token_cache import check_no_cache
 from jaxgen.tokenizers.bytes import PixelCodec
 from jaxgen.tokenizers.jpeg import JpegCodec
 
 __all__ = ["ByteImageConfig", "CodecConfig", "jpeg_grammar"]
-
-KINDS = ("jpeg", "pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +26,7 @@ class CodecConfig(FileCodecConfig):
 
     Attributes:
       length, merges, pairs: see `FileCodecConfig`.
-      kind: "jpeg", or "pixels" for a byte a number.
+      kind: "jpeg" or "pixels", see there.
       size: side of the images; 0 is what the data have.
       quality, subsampling, restart, header: see `JpegCodec`.
     """
@@ -41,9 +38,9 @@ class CodecConfig(FileCodecConfig):
     restart: int = 0
     header: str = "none"
 
+    kinds = ("jpeg", "pixels")
+
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"codec.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
         check_fields("codec", self, size=0)
         super().__post_init__()
         self.build(3)
@@ -65,7 +62,6 @@ class ByteImageConfig(ByteFileConfig):
 
     data: DataConfig = DataConfig()
     codec: CodecConfig = CodecConfig()
-    classifier: ClassifierConfig = ClassifierConfig()
 
     def resolve(self) -> ByteImageConfig:
         """The configuration with what the data tell filled in: the images' size, and `codec.pairs`.
@@ -111,11 +107,11 @@ class ByteImageConfig(ByteFileConfig):
     def recipe(self) -> Recipe:
         """The stages and the sampler."""
         check_no_cache(self.data, "files are made of images")
-        base = super().recipe()
-        if not self.classifier.steps:
-            return base
-        judge = classifier_stage(self.data, num_classes=self.num_classes, **dataclasses.asdict(self.classifier))
-        return dataclasses.replace(base, stages=(*base.stages, judge))
+        return super().recipe()
+
+    def judge_stage(self) -> Stage:
+        """See `ByteFileConfig`."""
+        return classifier_stage(self.data, num_classes=self.num_classes, **dataclasses.asdict(self.classifier))
 
 
 def jpeg_grammar(codec: JpegCodec) -> JpegGrammar:
